@@ -1,0 +1,41 @@
+"""ctxprune: a pretrained language model learns what it may forget."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctxprune.cache import PrunedCache
+    from ctxprune.checkpoint import load, save
+    from ctxprune.drop_time import DropTimes, drop_times
+    from ctxprune.errors import UserError
+    from ctxprune.generation import Generation, generate
+    from ctxprune.policies import DenseConfig, GateConfig, StridedConfig, WindowConfig
+    from ctxprune.retrofitting import mode, retrofit, set_alpha
+
+# Looked up on first use: a mistake on the command line is answered before torch and transformers are loaded.
+_HOME = {
+    "DenseConfig": "policies",
+    "DropTimes": "drop_time",
+    "GateConfig": "policies",
+    "Generation": "generation",
+    "PrunedCache": "cache",
+    "StridedConfig": "policies",
+    "UserError": "errors",
+    "WindowConfig": "policies",
+    "drop_times": "drop_time",
+    "generate": "generation",
+    "load": "checkpoint",
+    "mode": "retrofitting",
+    "retrofit": "retrofitting",
+    "save": "checkpoint",
+    "set_alpha": "retrofitting",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'ctxprune' has no attribute {name!r}")
+    return getattr(import_module(f"ctxprune.{_HOME[name]}"), name)

@@ -1,0 +1,175 @@
+"""What does a retrofitted attention layer do differently? It computes its gates and calls the same attention under them.
+
+No hooks and no monkey-patching: a wrapper module takes the place of the layer's attention, computes gates from the same
+normalised hidden states, and passes what it decided as one more keyword. transformers hands unknown keywords on to the
+attention function registered under the model's `attn_implementation`, which is `attention` below.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import kernels
+from ctxprune import decoding
+from ctxprune.cache import PrunedCache
+from ctxprune.calls import Cached, Hard, PruningState, Soft
+from ctxprune.errors import UserError
+from ctxprune.policies.dense import DenseRule
+from ctxprune.visibility import ends, guards, layout, lifetimes, visible_pairs
+
+NAME = "ctxprune"
+"""The attn_implementation under which transformers finds `attention`."""
+CACHE_KEYWORDS = ("past_key_values", "layer_past", "past_key_value")
+
+
+class PrunedAttention(nn.Module):
+    """The wrapper around one layer's attention: `inner` is untouched, `rule` says what it may forget."""
+
+    def __init__(self, inner: nn.Module, rule: nn.Module, index: int, state: PruningState):
+        super().__init__()
+        self.inner = inner
+        self.rule = rule
+        self.layer_idx = index
+        self.state = state
+        self.sliding_window: int | None = None
+
+    def forward(self, *args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+        if isinstance(cache, PrunedCache):
+            call = decoding.decide(cache, self, hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        elif cache is not None and cache.get_seq_length(self.layer_idx) > 0:
+            raise UserError(
+                f"a {type(cache).__name__} cannot forget: decode with ctxprune.generate or pass "
+                "past_key_values=ctxprune.PrunedCache()"
+            )
+        else:
+            call = self.decide(hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        if isinstance(call, Soft) and self.state.record is not None:
+            self._record_hard(call)
+        output, report = self.inner(*args, pruning=call, **kwargs)
+        if isinstance(call, Soft):
+            pairs = visible_pairs(self.state.plan.end).sum().clamp(min=1)
+            self.state.survival[self.layer_idx] = report.sum() / pairs
+            report = None
+        return output, report
+
+    def decide(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Soft | Hard:
+        """What this layer drops in one pass over whole rows."""
+        state = self.state
+        if self.layer_idx == 0 or state.plan is None:
+            state.plan = layout(*hidden.shape[:2], position_ids, padding, hidden.device)
+        plan = state.plan
+        end = ends(plan, self.lifetime(plan.position))
+        if self.gate is not None and self.mode == "soft":
+            guard = guards(plan.position, state.sinks, state.recent)
+            return Soft(*self.gate(hidden), state.alpha, guard, end, state)
+        drop_time = end
+        if self.gate is not None:
+            guard = guards(plan.position, state.sinks, state.recent)
+            drop_time = self.inherit(kernels.drop_times(*self.gate(hidden), guard=guard, end=end))
+        if state.record is not None:
+            state.record.append(drop_time)
+        return Hard(drop_time if (drop_time < hidden.shape[1]).any() else None)
+
+    @torch.no_grad()
+    def _record_hard(self, call: Soft) -> None:
+        """The step function's drop times beside a soft pass: what the sparsity controller watches."""
+        gates = (call.interaction_query, call.interaction_key, call.beta)
+        self.state.record.append(kernels.drop_times(*gates, guard=call.guard, end=call.end))
+
+    @property
+    def mode(self) -> str:
+        """soft, hard or dense, with `auto` resolved."""
+        if self.state.mode == "auto":
+            return "soft" if self.training else "hard"
+        return self.state.mode
+
+    @property
+    def gate(self) -> nn.Module | None:
+        """The learned gate, unless bypassed."""
+        return None if self.mode == "dense" else self.rule.gate
+
+    def lifetime(self, position: Tensor) -> Tensor | None:
+        """Queries that see each key by position alone, (batch, n); dense mode bypasses the rule, never the model's own
+        sliding window."""
+        window = getattr(self.inner, "sliding_window", None) or self.sliding_window
+        rule = DenseRule() if self.mode == "dense" else self.rule
+        return lifetimes(position, rule, self.state.sinks, self.state.recent, window)
+
+    def inherit(self, drop_time: Tensor) -> Tensor:
+        """With propagate_in_depth, a key gone in the layer above is gone here: the earlier of the two drop times."""
+        if not self.state.propagate_in_depth:
+            return drop_time
+        if self.layer_idx > 0:
+            drop_time = torch.minimum(drop_time, self.state.inherited)
+        self.state.inherited = drop_time
+        return drop_time
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    pruning: Soft | Hard | Cached | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function transformers calls: query (batch, heads, n, width) -> (batch, n, heads, width).
+
+    Beside the output it returns, for Soft, the sum of I per row, which the wrapper takes off again.
+    """
+    if pruning is None or (isinstance(pruning, Hard) and pruning.drop_time is None):
+        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(pruning, Cached):
+        visible = pruning.visible if query.shape[2] > 1 else pruning.slots.visible()
+        return sdpa_attention_forward(module, query, key, value, visible, scaling=scaling, is_causal=False, **kwargs)
+    if dropout:
+        raise UserError(
+            "attention dropout does not go with pruning: load the model with its attention dropout set to 0"
+        )
+    if isinstance(pruning, Hard):
+        output = kernels.drop_time_attention(query, key, value, pruning.drop_time, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
+    if pruning.state.propagate_in_depth:
+        output, alive = _soft_in_depth(module, query, key, value, pruning, scaling)
+    else:
+        gates = (pruning.interaction_query, pruning.interaction_key, pruning.beta, pruning.alpha)
+        output, alive = kernels.pruned_attention(
+            query, key, value, *gates, guard=pruning.guard, end=pruning.end, scale=scaling
+        )
+    return output.transpose(1, 2).contiguous(), alive
+
+
+def _soft_in_depth(module, query, key, value, call: Soft, scaling) -> tuple[Tensor, Tensor]:
+    """log I summed over the layers so far: n x n state by nature, so the plain formulation is used."""
+    state = call.state
+    gates = (call.interaction_query, call.interaction_key, call.beta, call.alpha)
+    log_alive = kernels.log_survival(*gates, guard=call.guard, end=call.end)
+    if module.layer_idx > 0:
+        log_alive = log_alive + state.inherited
+    state.inherited = log_alive
+    n = log_alive.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+    bias = log_alive.masked_fill(~causal, -torch.inf)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    weights = torch.softmax(query @ key.transpose(2, 3) * scaling + bias[:, None].to(query.dtype), dim=-1)
+    return weights @ value, torch.exp(log_alive).tril(-1).sum((1, 2))
+
+
+def padding_only(batch_size: int, q_length: int, kv_length: int, *args, attention_mask: Tensor | None = None, **kwargs):
+    """The mask transformers prepares for us: just the (batch, keys) padding mask; causality lies in the drop times."""
+    return attention_mask
+
+
+def register() -> None:
+    """Make `attn_implementation="ctxprune"` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_only)

@@ -1,0 +1,164 @@
+"""How is a sparsity target met? A controller steers the sparsity weight while training; thresholds settle the last point."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ctxprune.drop_time import drop_times
+from ctxprune.errors import UserError
+from ctxprune.policies.strided import StridedConfig, StridedRule
+from ctxprune.policies.window import WindowConfig
+from ctxprune.retrofitting import wrappers
+from ctxprune.visibility import FOREVER, visible_pairs
+
+TOLERANCE = 2e-4
+"""Calibration stops this close to the target on its own text."""
+
+
+@dataclass
+class SparsityController:
+    """Multiplicative integral control of the sparsity weight gamma, with a proportional kick.
+
+    The realised (step function) sparsity is asked to follow a goal that rises to the target, so that the model gives up
+    context a little at a time. A fixed gamma cannot promise a target: where it ends depends on the start of beta, the
+    speed of alpha and the length of training as much as on gamma.
+    """
+
+    target: float
+    """Share of the context dropped at the end, in (0, 1)."""
+    ramp: float = 0.6
+    """Share of the training over which the goal rises."""
+    gamma: float = 0.1
+    """Sparsity weight now."""
+    integral: float = 0.25
+    """Relative change of gamma per step and unit of error."""
+    proportional: float = 6.0
+    """Instant relative change per unit of error."""
+    smoothed: float | None = None
+    """Running mean of the measured sparsity."""
+    start: float | None = None
+    """Sparsity at the first measurement."""
+
+    def goal(self, progress: float) -> float:
+        """Sparsity asked for after a share `progress` of the training: from where it started to the target."""
+        rise = min(1.0, progress / self.ramp)
+        start = 0.0 if self.start is None else self.start
+        return start + (self.target - start) * math.sin(0.5 * math.pi * rise)
+
+    def update(self, measured: float, progress: float, steps: int) -> float:
+        """Take a measurement of the last `steps` steps and return the gamma to use from now on."""
+        if self.start is None:
+            self.start = measured
+        self.smoothed = measured if self.smoothed is None else 0.5 * self.smoothed + 0.5 * measured
+        error = self.goal(progress) - self.smoothed
+        self.gamma = min(100.0, max(1e-3, self.gamma * math.exp(self.integral * steps * error)))
+        return self.gamma * math.exp(self.proportional * error)
+
+
+@torch.no_grad()
+def calibrate(model, batches: list, target: float) -> float:
+    """Shift every layer's beta by one common amount so that the batches' step-function sparsity is `target`.
+
+    batches: objects with input_ids and position_ids, training text. Returns the shift. Sparsity falls as beta rises, so
+    bisection finds it; raises UserError if no shift reaches the target.
+    """
+    gates = [wrapper.rule.gate for wrapper in wrappers(model)]
+    before = [gate.beta.detach().clone() for gate in gates]
+
+    def sparsity(shift: float) -> float:
+        for gate, beta in zip(gates, before, strict=True):
+            gate.beta.copy_(beta + shift)
+        return measure(model, batches)
+
+    low, high = _bracket(sparsity, target)
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        realised = sparsity(middle)
+        if abs(realised - target) < TOLERANCE:
+            return middle
+        low, high = (middle, high) if realised > target else (low, middle)
+    return 0.5 * (low + high)
+
+
+def _bracket(sparsity, target: float) -> tuple[float, float]:
+    """Two shifts, the lower dropping more than the target, the higher less."""
+    reach = 0.05
+    while reach < 1e3:
+        if sparsity(reach) < target < sparsity(-reach):
+            return -reach, reach
+        reach *= 2.0
+    raise UserError(f"no threshold drops {target:.0%} of the context: protect fewer tokens or choose another target")
+
+
+@torch.no_grad()
+def measure(model, batches: list) -> float:
+    """Step-function sparsity over batches: mean over layers of dropped pairs / visible pairs."""
+    kept, pairs = 0, 0
+    for batch in batches:
+        taken = drop_times(model, batch.input_ids, position_ids=batch.position_ids)
+        kept += taken.kept_pairs().sum().item() / taken.drop_time.shape[0]
+        pairs += visible_pairs(taken.document_end).sum().item()
+    return 1.0 - kept / max(1, pairs)
+
+
+def window_for(
+    target: float, position: Int[Tensor, "batch n"], end: Int[Tensor, "batch n"], layers: int, sinks: int, recent: int
+) -> WindowConfig:
+    """The window whose realised sparsity on these documents is `target`: one width or two neighbouring ones over the layers.
+
+    position, end: documents of a sample of training text, as in ctxprune.visibility.Layout.
+    """
+
+    def kept(width: int) -> float:
+        return _kept_pairs(position, end, torch.full_like(position, width), sinks, recent)
+
+    wanted = (1.0 - target) * visible_pairs(end).sum().item()
+    low, high = 1, position.shape[1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if kept(middle) <= wanted else (low, middle)
+    return WindowConfig(tuple(_mixture(kept, low, high, wanted, layers)), sinks, recent)
+
+
+def strided_for(
+    target: float, position: Int[Tensor, "batch n"], end: Int[Tensor, "batch n"], layers: int, sinks: int, recent: int
+) -> StridedConfig:
+    """The strided pattern whose realised sparsity on these documents is `target`.
+
+    The published pattern (the last token of every block lasts) cannot drop more than about 1 - 2/sqrt(n); beyond, fewer
+    blocks leave a lasting token. Of two block lengths with one budget the longer, more local one is taken: it costs less
+    perplexity.
+    """
+    wanted = (1.0 - target) * visible_pairs(end).sum().item()
+    n = position.shape[1]
+    for every in range(1, n + 1):
+
+        def kept(block: int, every: int = every) -> float:
+            return _kept_pairs(position, end, StridedRule(block, every).lifetime(position), sinks, recent)
+
+        counts = {block: kept(block) for block in range(1, n + 1)}
+        below = max((block for block in counts if counts[block] <= wanted), default=None)
+        if below is not None:
+            blocks = _mixture(counts.__getitem__, below, min(n, below + 1), wanted, layers)
+            return StridedConfig(tuple(blocks), (every,) * layers, sinks, recent)
+    raise UserError(f"no strided pattern drops {target:.0%} of {n} tokens: choose a lower sparsity")
+
+
+def _mixture(kept, low: int, high: int, wanted: float, layers: int) -> list[int]:
+    """`high` in as many layers as bring the mean of `kept` closest to `wanted`, `low` in the others."""
+    low_kept, high_kept = kept(low), kept(high)
+    share = 0.0 if high_kept == low_kept else (wanted - low_kept) / (high_kept - low_kept)
+    count = min(layers, max(0, round(share * layers)))
+    return [high] * count + [low] * (layers - count)
+
+
+def _kept_pairs(position, end, life, sinks: int, recent: int) -> float:
+    """Pairs (query, earlier key) kept by lifetimes alone, per layer."""
+    life = torch.where(position < sinks, FOREVER, life.clamp(min=recent + 1))
+    column = torch.arange(position.shape[1], device=position.device)
+    return float((torch.minimum(end.clamp(max=position.shape[1]) - column, life) - 1).sum())

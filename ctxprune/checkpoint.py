@@ -1,0 +1,203 @@
+"""How is a pruned model kept on disk? Safetensors, transformers' own config, one readable pruning.json; whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxprune import policies
+from ctxprune.errors import UserError
+from ctxprune.retrofitting import retrofit, state_of
+
+FORMAT = 1
+"""Version of the folder's layout; a reader refuses a newer one."""
+WEIGHTS = "model.safetensors"
+PRUNING = "pruning.json"
+MANIFEST = "manifest.json"
+
+
+def save(
+    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, **notes: object
+) -> None:
+    """Write a retrofitted model to a new folder: weights, config.json, pruning.json, tokenizer, manifest of hashes.
+
+    Written beside, hashed, then renamed: a folder of this name is whole or absent. notes: plain values kept in
+    pruning.json. Raises UserError if the folder exists or the model is not retrofitted.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another folder or remove it first")
+    state = state_of(model)
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        save_file(_state_dict(model), staged / WEIGHTS, metadata={"format": "pt"})
+        model.config.save_pretrained(staged)
+        pruning = {"format": FORMAT, "pruning": policies.to_dict(model.pruning_config), "alpha": state.alpha, **notes}
+        _write(staged / PRUNING, json.dumps(pruning, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        seal(staged)
+        os.rename(staged, folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    sync(folder.parent)
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model that `save` (or a trial) wrote to `folder`, in eval mode.
+
+    Strict: every tensor of the architecture must be there with its shape, and nothing else; the folder must match its
+    manifest. Raises UserError that names the first mismatch. No code from the folder is run.
+    """
+    folder = Path(folder)
+    pruning = read_pruning(folder)
+    verify(folder)
+    config = AutoConfig.from_pretrained(folder)
+    weights = load_file(folder / WEIGHTS)
+    model = AutoModelForCausalLM.from_config(config)
+    retrofit(model, policies.from_dict(pruning["pruning"]))
+    state_of(model).alpha = pruning["alpha"]
+    _put(model, weights, folder)
+    stored = next(iter(weights.values())).dtype
+    return model.to(dtype=dtype or stored, device=device).eval()
+
+
+def read_pruning(folder: Path) -> dict:
+    """pruning.json of a saved model; UserError if the folder is not one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder of a saved model")
+    if not (folder / PRUNING).is_file() or not (folder / WEIGHTS).is_file():
+        missing = PRUNING if not (folder / PRUNING).is_file() else WEIGHTS
+        raise UserError(f"{folder} has no {missing}: give a folder written by ctxprune.save or a trial")
+    try:
+        pruning = json.loads((folder / PRUNING).read_text())
+        version = pruning["format"]
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / PRUNING} cannot be read ({type(error).__name__}): the folder is damaged") from error
+    if version > FORMAT:
+        raise UserError(f"{folder} has format {version}, newer than {FORMAT}: update ctxprune")
+    return pruning
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest: sha256 and bytes of every file, each flushed to disk first."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = {"sha256": digest(path), "bytes": path.stat().st_size}
+    _write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """UserError that names the first file that is missing or not what the manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} has no readable {MANIFEST}: the folder is damaged or unfinished") from error
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the folder is damaged")
+        if path.stat().st_size != wanted["bytes"] or digest(path) != wanted["sha256"]:
+            raise UserError(f"{path} does not match its hash in {MANIFEST}: the file is damaged")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_base(folder_or_id: str, context: int) -> PreTrainedModel:
+    """A pretrained causal language model in float32, its dropout off, ready to be retrofitted.
+
+    Raises UserError if there are no weights, the folder is a pruned one, or it has fewer positions than `context`.
+    """
+    folder = Path(folder_or_id)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json: give the folder of a transformers model")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} has no weights (*.safetensors): give the folder of a trained model")
+        if (folder / PRUNING).is_file():
+            raise UserError(f"{folder} is a pruned model already: give the original, or use ctxprune.load")
+    elif folder_or_id.startswith((".", "/", "~")):
+        raise UserError(f"{folder_or_id} does not exist: give a folder with a transformers model, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(folder_or_id)
+        for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder_or_id, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no model could be loaded from {folder_or_id}: {first}") from error
+    if wrong := sorted(report["missing_keys"]) or sorted(report.get("mismatched_keys") or []):
+        raise UserError(f"{folder_or_id} lacks weights of its own architecture, first {wrong[0]}: is it complete?")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < context:
+        raise UserError(f"{folder_or_id} has {positions} positions, fewer than train.context={context}: lower it")
+    return model
+
+
+def _state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every tensor once: tied weights are stored under their first name."""
+    seen: dict[tuple, str] = {}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen[key] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _put(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Strict loading: the same names and shapes on both sides, or a UserError with the first three differences."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in _state_dict(model).items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    different = [
+        f"{name}: file {given.get(name, 'nothing')}, model {wanted.get(name, 'nothing')}"
+        for name in sorted(set(wanted) | set(given))
+        if wanted.get(name) != given.get(name)
+    ]
+    if different:
+        raise UserError(f"{folder / WEIGHTS} is of another architecture ({'; '.join(different[:3])})")
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    model.tie_weights()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

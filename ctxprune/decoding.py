@@ -1,0 +1,127 @@
+"""Which keys does a decoding step drop? The same rule as over whole rows, asked one call at a time.
+
+`decide` runs before the layer's own keys exist: it marks dropped slots free (a drop acts at once, for the very query that
+decided it) and says which of the new tokens will be stored. Offline drop times and these steps agree exactly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+import kernels
+from ctxprune.cache import EMPTY, Arrival, PrunedCache, Slots
+from ctxprune.calls import Cached, Hard
+from ctxprune.visibility import ends, guards, layout
+
+
+def decide(
+    cache: PrunedCache, wrapper, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
+) -> Hard | Cached:
+    """Drops of one layer for the new tokens hidden, (batch, queries, width), and what the attention may read.
+
+    position_ids: (rows, queries) true positions, by default those that follow; padding: (batch, tokens), True at real
+    tokens, honoured in the first call only (pad prompts on the left).
+    """
+    if position_ids is None:
+        position_ids = torch.arange(cache.seen, cache.seen + hidden.shape[1], device=hidden.device)[None]
+    position = position_ids.expand(hidden.shape[0], -1)
+    last = wrapper.layer_idx == len(wrapper.state.survival) - 1
+    if wrapper.layer_idx >= len(cache.slots):
+        call = _first_pass(cache, wrapper, hidden, position, padding)
+    else:
+        call = _later_pass(cache, wrapper, hidden, position)
+    if last:
+        cache.seen += hidden.shape[1]
+    return call
+
+
+def _first_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor, padding: Tensor | None) -> Hard:
+    """The prompt: drop times over whole rows; whoever outlives the last query is stored."""
+    n = hidden.shape[1]
+    plan = layout(*hidden.shape[:2], position, padding, hidden.device)
+    life = wrapper.lifetime(position)
+    drop_time, interaction = ends(plan, life), None
+    if wrapper.gate is not None:
+        query, interaction, beta = wrapper.gate(hidden)
+        guard = guards(position, wrapper.state.sinks, wrapper.state.recent)
+        drop_time = wrapper.inherit(kernels.drop_times(query, interaction, beta, guard=guard, end=drop_time))
+    survives = drop_time >= n
+    if padding is not None:
+        survives &= padding.to(torch.bool)[:, -n:]
+    endless = wrapper.gate is None and life is None
+    cache.arrival = Arrival(survives, interaction, position, life, endless)
+    return Hard(drop_time if (drop_time < n).any() else None)
+
+
+def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -> Cached:
+    """More tokens on top of the survivors: each new query may drop old slots and earlier new tokens."""
+    slots, n = cache.slots[wrapper.layer_idx], hidden.shape[1]
+    life = wrapper.lifetime(position)
+    gates = wrapper.gate(hidden) if wrapper.gate is not None else None
+    if slots.filled is not None and gates is None and life is None and n == 1:
+        cache.arrival = Arrival(torch.ones_like(position, dtype=torch.bool), None, position, None, True)
+        return Cached(slots)
+    seen_old = _visible_slots(slots, wrapper, position, gates)
+    if wrapper.state.propagate_in_depth and wrapper.layer_idx > 0:
+        seen_old &= _alive_above(cache, slots)
+    slots.position = torch.where(seen_old[:, -1], slots.position, EMPTY)
+    slots.filled = None
+    interaction = gates[1] if gates is not None else None
+    if n == 1:
+        drop_time, visible = position.new_full(position.shape, 1), None
+    else:
+        drop_time = ends(layout(*position.shape, None, None, position.device), life)
+        if gates is not None:
+            guard = guards(position, wrapper.state.sinks, wrapper.state.recent)
+            drop_time = wrapper.inherit(kernels.drop_times(*gates, guard=guard, end=drop_time))
+        row = torch.arange(n, device=position.device)[:, None]
+        seen_new = (row >= row.T) & (row < drop_time[:, None, :])
+        visible = torch.cat([seen_old, seen_new], dim=2)[:, None]
+    cache.arrival = Arrival(drop_time >= n, interaction, position, life, False)
+    if wrapper.state.propagate_in_depth:
+        _remember_alive(cache, slots, position, drop_time >= n)
+    return Cached(slots, visible)
+
+
+def _visible_slots(
+    slots: Slots, wrapper, position: Int[Tensor, "batch queries"], gates: tuple | None
+) -> Bool[Tensor, "batch queries slots"]:
+    """Which old slots each new query sees: alive, not too old, and dropped by neither it nor a query before it."""
+    age = position[:, :, None] - slots.position[:, None, :]
+    gone = torch.zeros_like(age, dtype=torch.bool) if slots.life is None else age >= slots.life[:, None, :]
+    if gates is not None:
+        query, _, beta = gates
+        work = torch.float64 if query.dtype == torch.float64 else torch.float32
+        x = torch.baddbmm(
+            beta.to(work),
+            query.to(work),
+            slots.interaction.to(work).transpose(1, 2),
+            alpha=1.0 / math.sqrt(query.shape[-1]),
+        )
+        dropping = x <= 0
+        if wrapper.state.sinks:
+            dropping &= slots.position[:, None, :] >= wrapper.state.sinks
+        if wrapper.state.recent:
+            dropping &= age > wrapper.state.recent
+        gone |= dropping
+    if gone.shape[1] > 1:
+        gone = gone.cummax(dim=1).values
+    return ~gone & slots.live()[:, None, :]
+
+
+def _alive_above(cache: PrunedCache, slots: Slots) -> Bool[Tensor, "batch 1 slots"]:
+    """propagate_in_depth: which of this layer's keys the layer above still holds after this call."""
+    return cache.alive.gather(1, slots.position.clamp(min=0))[:, None, :]
+
+
+def _remember_alive(cache: PrunedCache, slots: Slots, position: Tensor, survives: Tensor) -> None:
+    """For the layer below: True at every position this layer still holds."""
+    alive = torch.zeros(position.shape[0], int(position.max()) + 1, dtype=torch.bool, device=position.device)
+    old = slots.position.clamp(min=0)
+    alive.scatter_reduce_(1, old, slots.live(), "amax", include_self=True)
+    alive.scatter_(1, position, survives)
+    cache.alive = alive

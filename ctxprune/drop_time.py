@@ -1,0 +1,81 @@
+"""What does a model drop, and when? One integer per layer, row and key: the first query that no longer sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ctxprune.retrofitting import mode, state_of
+from ctxprune.visibility import visible_pairs
+
+
+@dataclass(frozen=True)
+class DropTimes:
+    """Drop times of a batch. Key j is visible to query k in a layer iff j <= k < drop_time[layer, row, j].
+
+    drop_time: row index of the first query that no longer sees the key; n or more: it survives the whole row.
+    document_end: the same if nothing were dropped (n, or where the next packed document starts).
+    """
+
+    drop_time: Int[Tensor, "layers batch n"]
+    document_end: Int[Tensor, "batch n"]
+
+    def sparsity(self) -> Float[Tensor, " layers"]:
+        """Share of the (query, previous key of the same document) pairs dropped, per layer; the mean over layers is the
+        sparsity of a model. Kept pairs over all pairs, so that long contexts count for what they cost."""
+        kept = self.kept_pairs().double().sum(1)
+        pairs = visible_pairs(self.document_end).sum().clamp(min=1).double()
+        return 1.0 - kept / pairs
+
+    def kept_pairs(self) -> Int[Tensor, "layers batch"]:
+        """Pairs (query, earlier key it sees) per layer and row."""
+        n = self.drop_time.shape[-1]
+        column = torch.arange(n, device=self.drop_time.device)
+        return (self.drop_time.clamp(max=n) - column - 1).sum(-1)
+
+    def live(self, query: int) -> Bool[Tensor, "layers batch n"]:
+        """Which keys query `query` (a row index) sees, itself included."""
+        column = torch.arange(self.drop_time.shape[-1], device=self.drop_time.device)
+        return (column <= query) & (query < self.drop_time)
+
+    def live_counts(self) -> Int[Tensor, "layers batch n"]:
+        """How many keys each query sees, itself included: births minus deaths, summed along the row."""
+        n = self.drop_time.shape[-1]
+        deaths = torch.zeros(*self.drop_time.shape[:-1], n + 1, dtype=torch.long, device=self.drop_time.device)
+        deaths.scatter_add_(-1, self.drop_time.clamp(max=n).long(), torch.ones_like(self.drop_time, dtype=torch.long))
+        born = torch.arange(1, n + 1, device=self.drop_time.device)
+        return born - deaths[..., :n].cumsum(-1)
+
+
+@torch.no_grad()
+def drop_times(
+    model,
+    input_ids: Int[Tensor, "batch n"],
+    *,
+    position_ids: Int[Tensor, "batch n"] | None = None,
+    attention_mask: Int[Tensor, "batch n"] | None = None,
+) -> DropTimes:
+    """When a retrofitted model drops each token of input_ids in each layer, under the step function.
+
+    position_ids restart where a new packed document starts; attention_mask is 0 at padding. One forward pass; agrees with
+    step-by-step decoding. Raises UserError if the model is not retrofitted.
+    """
+    taken, _ = forward_with_drop_times(model, input_ids, position_ids=position_ids, attention_mask=attention_mask)
+    return taken
+
+
+@torch.no_grad()
+def forward_with_drop_times(model, input_ids: Tensor, **inputs) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
+    """Drop times and logits of one pass under the step function; inputs as for drop_times."""
+    state = state_of(model)
+    state.record = []
+    try:
+        with mode(model, "hard"):
+            logits = model(input_ids, use_cache=False, **inputs).logits
+        taken = DropTimes(torch.stack(state.record), state.plan.end)
+    finally:
+        state.record = None
+    return taken, logits

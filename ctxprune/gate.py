@@ -1,0 +1,32 @@
+"""Who decides that a key is dropped? A later query, through one small interaction per layer."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+INITIAL_STD = 0.02
+"""Standard deviation of the gates' initial weights (arXiv 2305.15805, appendix)."""
+
+
+class InteractionGate(nn.Module):
+    """Interaction query, key and offset of one layer: x[n, j] = q[n] . k[j] / sqrt(rank) + beta (arXiv 2305.15805, eq. 4).
+
+    width: hidden size of the layer's normalised input; rank: width r of the interaction.
+    """
+
+    def __init__(self, width: int, rank: int, beta: float):
+        super().__init__()
+        self.query = nn.Linear(width, rank, bias=False)
+        self.key = nn.Linear(width, rank, bias=False)
+        self.beta = nn.Parameter(torch.tensor(float(beta)))
+        nn.init.normal_(self.query.weight, std=INITIAL_STD)
+        nn.init.normal_(self.key.weight, std=INITIAL_STD)
+
+    def forward(
+        self, hidden: Float[Tensor, "batch n width"]
+    ) -> tuple[Float[Tensor, "batch n rank"], Float[Tensor, "batch n rank"], Float[Tensor, ""]]:
+        """Interaction query, interaction key and beta, in the dtype of the gate's weights."""
+        # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.
+        return self.query(hidden), self.key(hidden), self.beta * 1.0

@@ -1,0 +1,179 @@
+"""Which operations make pruned attention, and which implementation runs? `impl` never changes the meaning, only the speed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.hard_attention import reference as _hard_reference
+from kernels.hard_attention import torch_path as _hard_torch
+from kernels.liveness import reference as _times_reference
+from kernels.liveness import torch_path as _times_torch
+from kernels.sigmoid import reference as _alpha_reference
+from kernels.sigmoid import torch_path as _alpha_torch
+from kernels.soft_attention import reference as _soft_reference
+from kernels.soft_attention import torch_path as _soft_torch
+
+Impl = Literal["auto", "reference", "torch"]
+IMPLEMENTATIONS: dict[str, dict[str, object]] = {
+    "alpha_sigmoid": {"reference": _alpha_reference.alpha_sigmoid, "torch": _alpha_torch.alpha_sigmoid},
+    "pruned_attention": {"reference": _soft_reference.pruned_attention, "torch": _soft_torch.pruned_attention},
+    "drop_times": {"reference": _times_reference.drop_times, "torch": _times_torch.drop_times},
+    "drop_time_attention": {
+        "reference": _hard_reference.drop_time_attention,
+        "torch": _hard_torch.drop_time_attention,
+    },
+}
+MAX_ALPHA = 16.0
+
+
+def alpha_sigmoid(x: Float[Tensor, ...], alpha: float, *, impl: Impl = "auto") -> Float[Tensor, ...]:
+    """Keep probability of gate logits x: exact binary alpha-entmax (arXiv 2305.15805, section 3).
+
+    Exactly 0 for x <= -1/(alpha-1), exactly 1 for x >= 1/(alpha-1), logistic at alpha = 1. Same shape as x.
+    Raises ValueError if alpha is outside [1, 16].
+    """
+    _check_alpha(alpha)
+    return _pick("alpha_sigmoid", impl)(x, alpha)
+
+
+def pruned_attention(
+    query: Float[Tensor, "batch heads n width"],
+    key: Float[Tensor, "batch kv_heads n width"],
+    value: Float[Tensor, "batch kv_heads n width"],
+    interaction_query: Float[Tensor, "batch n rank"],
+    interaction_key: Float[Tensor, "batch n rank"],
+    beta: Float[Tensor, ""],
+    alpha: float,
+    *,
+    guard: Int[Tensor, "batch n"] | None = None,
+    end: Int[Tensor, "batch n"] | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[Float[Tensor, "batch heads n width"], Float[Tensor, " batch"]]:
+    """Soft (trainable) attention softmax(Q K^T scale + log I) V, causal (arXiv 2305.15805, eq. 5 and 6).
+
+    I[k, j] is the product over queries j < m <= k of sigma_alpha(interaction_query[m] . interaction_key[j] / sqrt(rank)
+    + beta). guard[b, j] is the first query whose gate may drop key j (default j + 1; later protects recent tokens,
+    n protects for ever); end[b, j] the first query that cannot see key j whatever the gates say (default n; the end of
+    its document when several are packed in a row).
+
+    Returns the output and, per row of the batch, the sum of I over the visible pairs j < k < end[j], for the sparsity
+    regulariser. Differentiable in the first six arguments. Raises ValueError on shapes that do not fit.
+    """
+    _check_alpha(alpha)
+    _check_attention(query, key, value)
+    _check_interaction(interaction_query, interaction_key, query.shape[0], query.shape[2])
+    guard, end = _defaults(guard, end, query.shape[0], query.shape[2], query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _pick("pruned_attention", impl)(
+        query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale
+    )
+
+
+def log_survival(
+    interaction_query: Float[Tensor, "batch n rank"],
+    interaction_key: Float[Tensor, "batch n rank"],
+    beta: Float[Tensor, ""],
+    alpha: float,
+    *,
+    guard: Int[Tensor, "batch n"] | None = None,
+    end: Int[Tensor, "batch n"] | None = None,
+) -> Float[Tensor, "batch n n"]:
+    """log I[k, j] itself, differentiable: n x n numbers, for drops that accumulate over depth. Entries with j > k are 0."""
+    _check_alpha(alpha)
+    guard, end = _defaults(guard, end, *interaction_query.shape[:2], interaction_query.device)
+    return _soft_torch.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
+
+
+def drop_times(
+    interaction_query: Float[Tensor, "batch n rank"],
+    interaction_key: Float[Tensor, "batch n rank"],
+    beta: Float[Tensor, ""],
+    *,
+    guard: Int[Tensor, "batch n"] | None = None,
+    end: Int[Tensor, "batch n"] | None = None,
+    impl: Impl = "auto",
+) -> Int[Tensor, "batch n"]:
+    """First query that no longer sees each key under the step function: min{k >= guard[j] : x[k, j] <= 0}, at most end[j].
+
+    Key j is visible to query k iff j <= k < drop_times[j]; never dropped reads as end[j] (n by default).
+    """
+    _check_interaction(interaction_query, interaction_key, *interaction_query.shape[:2])
+    guard, end = _defaults(guard, end, *interaction_query.shape[:2], interaction_query.device)
+    return _pick("drop_times", impl)(interaction_query, interaction_key, beta, guard, end)
+
+
+def drop_time_attention(
+    query: Float[Tensor, "batch heads n width"],
+    key: Float[Tensor, "batch kv_heads n width"],
+    value: Float[Tensor, "batch kv_heads n width"],
+    drop_time: Int[Tensor, "batch *kv_heads n"],
+    *,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "batch heads n width"]:
+    """Causal attention in which query k sees key j iff j <= k < drop_time[j]; one drop time per key or per KV head."""
+    _check_attention(query, key, value)
+    if drop_time.shape not in ((query.shape[0], query.shape[2]), (query.shape[0], key.shape[1], query.shape[2])):
+        raise ValueError(f"drop_time has shape {tuple(drop_time.shape)}; want (batch, n) or (batch, kv_heads, n)")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _pick("drop_time_attention", impl)(query, key, value, drop_time, scale)
+
+
+def describe() -> list[dict[str, object]]:
+    """One record per operation and implementation: what runs here, and why not."""
+    where = "CUDA and CPU" if torch.cuda.is_available() else "CPU (no CUDA device)"
+    return [
+        {
+            "operation": operation,
+            "implementation": name,
+            "available": True,
+            "reason": "float64, for tests" if name == "reference" else f"{where}, float64/float32/bfloat16/float16",
+        }
+        for operation, implementations in IMPLEMENTATIONS.items()
+        for name in implementations
+    ]
+
+
+def _pick(operation: str, impl: str):
+    available = IMPLEMENTATIONS[operation]
+    name = "torch" if impl == "auto" else impl
+    if name not in available:
+        raise ValueError(f"impl={impl!r}: {operation} has {', '.join(['auto', *available])}")
+    return available[name]
+
+
+def _defaults(guard, end, batch: int, n: int, device) -> tuple[Tensor, Tensor]:
+    if guard is None:
+        guard = torch.arange(1, n + 1, device=device).expand(batch, n)
+    if end is None:
+        end = torch.full((batch, n), n, device=device)
+    for name, value in (("guard", guard), ("end", end)):
+        if value.shape != (batch, n):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; want (batch, n) = ({batch}, {n})")
+    return guard, end
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 1.0 <= alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha is {alpha}; accepted values are 1 to {MAX_ALPHA:g}")
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: want 4 axes")
+    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, n or width")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} heads, not a multiple of the {key.shape[1]} key/value heads")
+
+
+def _check_interaction(iq: Tensor, ik: Tensor, batch: int, n: int) -> None:
+    if iq.shape != ik.shape or iq.shape[:2] != (batch, n):
+        raise ValueError(
+            f"interaction_query {tuple(iq.shape)} and interaction_key {tuple(ik.shape)}: want ({batch}, {n}, rank) both"
+        )

@@ -1,0 +1,56 @@
+"""What happens on `python -m pipelines VERB OVERRIDES`? It composes, runs the verb, turns a mistake into exit 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from ctxprune.errors import UserError
+from pipelines import compose, output
+from pipelines.config import Config
+
+USAGE = "usage: python -m pipelines VERB [SETTING=VALUE ...], VERB one of " + ", ".join(compose.VERBS)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one verb; 0 is success, 1 our fault or a check that failed, 2 a person's mistake, 130 an interruption."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    verb, *overrides = arguments
+    output.take_stdout()
+    output.set_up_logging()
+    try:
+        config = compose.compose(verb, overrides)
+        if verb == "report":
+            return _report(config)
+        return importlib.import_module(f"pipelines.{verb}").main(config, overrides) or 0
+    except UserError as error:
+        print(f"ctxprune: {compose.one_line(str(error), 2000)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ctxprune: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has seen enough, as in `| head`
+        return 141
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _report(config: Config) -> int:
+    from pipelines import report
+
+    report.report(Path(config.runs) / config.sweep.name, json_lines=config.format == "json", out=output.stdout())
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    if code == 141:
+        # The interpreter would flush the closed pipe once more on its way out, and complain.
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,37 @@
+"""How fast does a saved model decode, and how much memory does its cache take? Against itself without pruning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines import output
+from pipelines.config import Config
+from pipelines.decoding_benchmark import measure
+from pipelines.evaluate import as_trained, corpus_for
+from pipelines.machine import machine, versions
+from pipelines.models import trained
+from pipelines.progress import Bars
+
+
+def main(config: Config, overrides: list[str]) -> int:
+    """The verb: one record on stdout."""
+    folder = trained(Path(config.generate.checkpoint))
+    config = as_trained(config, overrides, folder)
+    with Bars() as bars:
+        data = corpus_for(config, folder, bars)
+        with bars.task("benchmark (repeats)", config.benchmark.repeats) as advance:
+            speed = measure(folder, data, config.benchmark, advance)
+    settings = vars(config.benchmark)
+    record = {"checkpoint": str(folder), **speed, "benchmark": settings, "machine": machine(), "versions": versions()}
+    text = (
+        f"{folder}: batch {settings['batch']}, prompt {settings['prompt']}, {settings['new_tokens']} tokens decoded, "
+        f"median of {settings['repeats']}\n"
+        f"  pruned  {speed['tokens_per_second']:10.1f} tokens/s  {speed['ms_per_token']:8.3f} ms per step  "
+        f"{speed['cache_bytes']:12,} cache bytes live\n"
+        f"  dense   {speed['tokens_per_second_dense']:10.1f} tokens/s  {speed['ms_per_token_dense']:8.3f} ms per step  "
+        f"{speed['cache_bytes_dense']:12,} cache bytes\n"
+        f"  ratio   {speed['tokens_per_second'] / speed['tokens_per_second_dense']:10.2f} x speed     "
+        f"{speed['cache_bytes'] / speed['cache_bytes_dense']:20.3f} x cache"
+    )
+    output.emit(record, config.format, text)
+    return 0

@@ -1,0 +1,223 @@
+"""Which values make sense? Every number has a range, every word a list, and what must agree is compared first."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxprune.errors import UserError
+from pipelines.config import Config
+
+# Intervals as a person writes them: a round bracket leaves the end out. Upper ends are sanity, not physics.
+RANGES = {
+    "model.layers": "[1, 1000]",
+    "model.width": "[8, 65536]",
+    "model.heads": "[1, 1024]",
+    "model.kv_heads": "[1, 1024]",
+    "data.held_out": "(0, 0.5]",
+    "data.vocab_size": "[257, 1000000]",
+    "data.max_megabytes": "(0, 10000000]",
+    "pruning.sparsity": "(0, 1)",
+    "pruning.gamma": "[0, 1000]",
+    "pruning.rank": "[1, 4096]",
+    "pruning.beta": "[-100, 100]",
+    "pruning.alpha_start": "[1, 16]",
+    "pruning.alpha_end": "[1, 16]",
+    "pruning.alpha_steps": "(0, 1]",
+    "pruning.distillation": "[0, 1000]",
+    "policy.sinks": "[0, 65536]",
+    "policy.recent": "[0, 1048576]",
+    "train.steps": "[1, 10000000]",
+    "train.base_steps": "[0, 10000000]",
+    "train.batch": "[1, 65536]",
+    "train.context": "[8, 1048576]",
+    "train.learning_rate": "[0, 10]",
+    "train.gate_learning_rate": "[0, 10]",
+    "train.base_learning_rate": "[0, 10]",
+    "train.warmup": "[0, 1]",
+    "train.decay": "[0, 1]",
+    "train.weight_decay": "[0, 10]",
+    "train.clip": "[0, 1000000]",
+    "train.seed": "[0, 9223372036854775807]",
+    "train.log_every": "[1, 10000000]",
+    "engine.zero": "[0, 3]",
+    "cluster.workers": "[1, 4096]",
+    "cluster.concurrency": "[0, 4096]",
+    "cluster.cpus_per_worker": "[1, 1024]",
+    "cluster.gpus_per_worker": "[0, 16]",
+    "evaluate.tokens": "[2, 10000000000]",
+    "evaluate.batch": "[1, 65536]",
+    "evaluate.contexts": "[2, 1048576]",
+    "benchmark.batch": "[1, 65536]",
+    "benchmark.prompt": "[1, 1048576]",
+    "benchmark.new_tokens": "[1, 1048576]",
+    "benchmark.repeats": "[1, 1000]",
+    "generate.max_new_tokens": "[1, 1048576]",
+    "generate.temperature": "[0, 100]",
+    "generate.top_k": "[0, 1000000]",
+    "generate.top_p": "(0, 1]",
+    "generate.seed": "[0, 9223372036854775807]",
+}
+
+WORDS = {
+    "model.family": ("llama", "gpt2", "qwen3", "mistral", "gpt_neox"),
+    "data.source": ("stdlib", "files", "hub"),
+    "pruning.policy": ("dense", "learned", "window", "strided"),
+    "engine.dtype": ("float32", "bfloat16"),
+    "tracking.mode": ("offline", "online", "off"),
+    "format": ("text", "json"),
+}
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+# Device names that Windows will not take as a folder, whatever the extension.
+RESERVED = {"con", "prn", "aux", "nul"}
+
+
+def check(config: Config, *, trial: bool = True) -> None:
+    """Raise UserError for the first value that makes no sense.
+
+    trial=False is for the frame of a sweep: each value is checked, but what only a whole trial can
+    satisfy (learned pruning has a target, a model has a path) is left to the trials.
+    """
+    for name, value in leaves(config):
+        _check_value(name, value)
+    _check_names(config)
+    _check_model(config, trial)
+    _check_schedule(config)
+    _check_engine(config)
+    if trial:
+        _check_data(config)
+        _check_pruning(config)
+        _check_contexts(config)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field below a dataclass."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{one.name}.")
+        else:
+            yield prefix + one.name, value
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{name} holds bytes that are not UTF-8: give it as UTF-8 text")
+    if name in WORDS and value not in WORDS[name]:
+        raise UserError(f"{name}={value}: choose one of {', '.join(WORDS[name])}")
+    if name in RANGES:
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not _inside(number, RANGES[name]):
+                kind = "a number" if isinstance(number, float) else "a whole number"
+                raise UserError(f"{name}={number}: give {kind} in {RANGES[name]}")
+
+
+def _inside(number: float, interval: str) -> bool:
+    # int() keeps a 64-bit end exact, which float() would round up.
+    low, high = (float(end) if "." in end else int(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return math.isfinite(number) and above and below
+
+
+def _check_names(config: Config) -> None:
+    for field, name in (("sweep.name", config.sweep.name), ("model.name", config.model.name)):
+        if not NAME.fullmatch(name) or name.split(".")[0] in RESERVED:
+            raise UserError(f"{field}={name!r}: use 1 to 64 of a-z 0-9 . _ - beginning with a letter or digit")
+    if not PROJECT.fullmatch(config.tracking.project):
+        wanted = "letters, digits and . _ - beginning with a letter or digit"
+        raise UserError(f"tracking.project={config.tracking.project!r}: use {wanted}")
+    if not config.runs.strip():
+        raise UserError("runs is empty: give the folder that holds the sweeps, e.g. runs=runs")
+
+
+def _check_model(config: Config, trial: bool) -> None:
+    model = config.model
+    if model.path is not None:
+        if trial and not model.path.strip():
+            raise UserError(f"model={model.name} needs model.path=FOLDER, or a hub id")
+        if model.path.startswith(("/", ".", "~")) and not Path(model.path).is_dir():
+            raise UserError(f"model.path={model.path}: no such folder; give a folder or a hub id")
+        return
+    if model.width % model.heads:
+        raise UserError(f"model.heads={model.heads} does not divide model.width={model.width}: change one of them")
+    if model.heads % model.kv_heads:
+        raise UserError(
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}: change one of them"
+        )
+    if model.family != "gpt2" and model.width // model.heads % 2:
+        sizes = f"model.width={model.width} over model.heads={model.heads}"
+        raise UserError(f"{sizes} gives heads of odd size: {model.family} needs an even size")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source == "files":
+        if not data.path:
+            raise UserError("data.source=files needs data.path=FILE_OR_FOLDER")
+        if not Path(data.path).exists():
+            raise UserError(f"data.path={data.path}: no such file or folder")
+    if data.source == "hub":
+        if not data.names:
+            raise UserError(
+                "data.source=hub needs data.names=[NAME], e.g. data.names=[Salesforce/wikitext:wikitext-2-raw-v1]"
+            )
+        for name in data.names:
+            if not HUB_DATA.fullmatch(name) or ".." in name:
+                raise UserError(f"data.names holds {name!r}: write OWNER/NAME or OWNER/NAME:CONFIG")
+
+
+def _check_pruning(config: Config) -> None:
+    pruning, policy = config.pruning, config.pruning.policy
+    if pruning.sparsity is not None and pruning.gamma is not None:
+        raise UserError("pruning.sparsity and pruning.gamma are both set: give a target or a fixed weight, not both")
+    if policy == "dense" and (pruning.sparsity is not None or pruning.gamma is not None):
+        given = "sparsity" if pruning.sparsity is not None else "gamma"
+        raise UserError(f"pruning.policy=dense drops nothing: leave pruning.{given} out, or choose another pruning")
+    if policy == "learned" and pruning.sparsity is None and pruning.gamma is None:
+        raise UserError("pruning.policy=learned needs pruning.sparsity=S in (0, 1), or pruning.gamma=G as in the paper")
+    if policy in ("window", "strided") and pruning.sparsity is None:
+        raise UserError(f"pruning.policy={policy} needs pruning.sparsity=S in (0, 1)")
+    if pruning.alpha_end < pruning.alpha_start:
+        start = f"pruning.alpha_start={pruning.alpha_start}"
+        raise UserError(f"pruning.alpha_end={pruning.alpha_end} is below {start}: sharpness only rises")
+
+
+def _check_schedule(config: Config) -> None:
+    train = config.train
+    if train.warmup + train.decay > 1:
+        raise UserError(
+            f"train.warmup={train.warmup} and train.decay={train.decay} add up to more than 1: lower one of them"
+        )
+    workers = config.cluster.workers
+    if train.batch % workers:
+        below, above = train.batch // workers * workers, -(-train.batch // workers) * workers
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"train.batch={train.batch} is not divisible by cluster.workers={workers}: use {nearest}")
+
+
+def _check_contexts(config: Config) -> None:
+    context = config.train.context
+    for length in config.evaluate.contexts:
+        if length > context:
+            fitting = ",".join(str(c) for c in config.evaluate.contexts if c <= context) or str(context)
+            raise UserError(
+                f"evaluate.contexts holds {length}, above train.context={context}: use evaluate.contexts=[{fitting}]"
+            )
+    protected = config.policy.sinks + config.policy.recent
+    if protected >= context:
+        raise UserError(
+            f"policy.sinks + policy.recent = {protected} protects the whole train.context={context}: lower them"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    if config.engine.offload and config.engine.zero < 2:
+        raise UserError(f"engine.offload=true needs engine.zero=2 or 3, not {config.engine.zero}")

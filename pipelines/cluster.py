@@ -1,0 +1,167 @@
+"""Where do jobs run? Ray starts DeepSpeed processes, as many jobs at a time as the machine holds; one failure stops no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines import store
+from pipelines.config import ClusterConfig
+from pipelines.engine import quiet_environment
+from pipelines.worker import METRICS, Job, work
+
+POLL_SECONDS = 0.5
+
+
+@dataclasses.dataclass
+class Failure:
+    """Why a job failed: one line, and the traceback if the worker lived to write one."""
+
+    cause: str
+    traceback: str
+    last_step: int | None
+
+
+@contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[None]:
+    """A Ray cluster for the time of a study: the one at cluster.address, else a local one that ends with us."""
+    # Read when ray is imported: cluster tokens on, worker health asked often (each report waits for it).
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+
+    environment = quiet_environment(cluster.cpus_per_worker, cluster.gpus_per_worker > 0)
+    ray.init(
+        address=cluster.address,
+        include_dashboard=None if cluster.address else False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def slots(cluster: ClusterConfig) -> int:
+    """Jobs at a time: what is asked for, never more than the cluster's cores and GPUs hold."""
+    import ray
+
+    total = ray.cluster_resources()
+    fits = int(total.get("CPU", 1)) // (cluster.workers * cluster.cpus_per_worker)
+    if cluster.gpus_per_worker:
+        fits = min(fits, int(total.get("GPU", 0)) // (cluster.workers * cluster.gpus_per_worker))
+    return max(1, min(cluster.concurrency, fits) if cluster.concurrency else fits)
+
+
+def run_jobs(
+    jobs: list[tuple[str, Job]],
+    cluster: ClusterConfig,
+    watch: Callable[[str, dict], None],
+    ended: Callable[[str, Failure | None], None],
+) -> None:
+    """Run named jobs, a bounded number at a time. watch gets each job's newest metrics row, ended its fate."""
+    import ray
+
+    launch = ray.remote(num_cpus=0, max_retries=0)(_fit)
+    waiting, running, limit = list(jobs), {}, slots(cluster)
+    while waiting or running:
+        while waiting and len(running) < limit:
+            name, job = waiting.pop(0)
+            _failure_path(job).unlink(missing_ok=True)
+            running[launch.remote(dataclasses.asdict(job), dataclasses.asdict(cluster))] = (name, job)
+        done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+        for name, job in running.values():
+            if row := _newest_row(job):
+                watch(name, row)
+        for reference in done:
+            name, job = running.pop(reference)
+            try:
+                ray.get(reference)
+                ended(name, None)
+            except Exception as error:
+                ended(name, _failure(job, error))
+
+
+def _fit(job: dict, cluster: dict) -> None:
+    """One DeepSpeed job as a Ray Train run (inside a Ray task)."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": cluster["cpus_per_worker"]}
+    if cluster["gpus_per_worker"]:
+        resources["GPU"] = cluster["gpus_per_worker"]
+    TorchTrainer(
+        _loop,
+        train_loop_config={"job": json.dumps(job), "threads": cluster["cpus_per_worker"]},
+        torch_config=TorchConfig(backend="nccl" if cluster["gpus_per_worker"] else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster["workers"],
+            use_gpu=bool(cluster["gpus_per_worker"]),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(name=f"{Job(**job).folder.name}-{time.time_ns()}", storage_path=f"{job['store']}/ray"),
+    ).fit()
+
+
+def _loop(settings: dict) -> None:
+    """What each worker process runs."""
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    job = Job(**json.loads(settings["job"]))
+    try:
+        work(job)
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        record = {"cause": text, "traceback": traceback.format_exc(), "rank": torch.distributed.get_rank()}
+        if not _failure_path(job).exists():
+            store.write_json(_failure_path(job), record)
+        raise
+
+
+def _failure_path(job: Job) -> Path:
+    return job.folder.with_name(f".{job.folder.name}.failure.json")
+
+
+def _failure(job: Job, error: Exception) -> Failure:
+    """The cause as the worker told it; a worker that was killed tells nothing, and that is said."""
+    row, path = _newest_row(job), _failure_path(job)
+    step = row["step"] if row else None
+    if path.is_file():
+        told = json.loads(path.read_text())
+        return Failure(f"{told['cause']} (rank {told['rank']})", told["traceback"], step)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return Failure(
+        f"a worker died without a word (killed, or out of memory): {lines[-1].strip() if lines else type(error).__name__}",
+        "".join(traceback.format_exception(error)),
+        step,
+    )
+
+
+def _newest_row(job: Job) -> dict | None:
+    """The last whole line of the job's metrics so far."""
+    for folder in (job.evaluation, job.folder):
+        if folder is None:
+            continue
+        path = store.staging_of(folder) / METRICS
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        for line in reversed(lines[-2:]):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return None

@@ -1,0 +1,58 @@
+"""Who measures the trials' speed? One process after all training, alone on the machine, trial by trial."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ctxprune import checkpoint
+from ctxprune.batches import held_out_batches
+from ctxprune.errors import UserError
+from ctxprune.token_store import read_tokens
+from pipelines import store
+from pipelines.config import BenchmarkConfig, ClusterConfig
+from pipelines.decoding_speed import compare
+from pipelines.progress import Bars
+from pipelines.study import Steps
+
+
+def run_benchmarks(ready: list[Steps], cluster: ClusterConfig, bars: Bars) -> None:
+    """Benchmark every trained trial that has none yet, one at a time."""
+    todo = [one for one in ready if not store.finished(one.benchmark)]
+    if not todo:
+        return
+    with bars.task("benchmarks", len(todo)) as advance:
+        for done, one in enumerate(todo):
+            config = one.trial.config
+            root = Path(config.runs) / "store"
+            store.ensure(root, "benchmark", one.benchmark_inputs, lambda staged, one=one: _one(one, staged))
+            advance(done + 1)
+
+
+def _one(one: Steps, staged: Path) -> None:
+    start, config = time.monotonic(), one.trial.config
+    speed = measure(one.job.folder / "model", Path(one.job.data), config.benchmark)
+    store.write_json(staged / "speed.json", speed | {"seconds": time.monotonic() - start})
+
+
+def measure(model_folder: Path, data: Path, settings: BenchmarkConfig, advance=lambda done: None) -> dict:
+    """Decoding speed and cache size of a saved model on held-out text; see ctxprune.decoding and decoding_speed.compare."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = checkpoint.load(model_folder, device=device)
+    ids = _text(data, settings)
+    return compare(model, ids, settings.prompt, settings.repeats, advance)
+
+
+def _text(data: Path, settings: BenchmarkConfig) -> torch.Tensor:
+    """Rows of held-out text; each is taken as one document."""
+    length = settings.prompt + settings.new_tokens
+    tokens = read_tokens(data).held_out
+    if len(tokens.tokens) < length:
+        raise UserError(
+            f"held-out text has {len(tokens.tokens)} tokens, fewer than benchmark.prompt + benchmark.new_tokens = {length}"
+        )
+    rows = torch.cat([batch.input_ids for batch in held_out_batches(tokens, settings.batch, length, 10**9)])
+    # Few held-out rows are repeated: speed does not mind.
+    return rows[torch.arange(settings.batch) % len(rows)]

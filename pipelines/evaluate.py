@@ -1,0 +1,77 @@
+"""How good is a saved model on held-out text? Its own by default, another text with data=..."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ctxprune import checkpoint, tokenizer
+from ctxprune.batches import held_out_batches
+from ctxprune.errors import UserError
+from ctxprune.evaluation import evaluate
+from ctxprune.token_store import read_tokens
+from pipelines import output
+from pipelines.config import Config
+from pipelines.grid import Trial
+from pipelines.machine import machine, versions
+from pipelines.models import trained
+from pipelines.prepare import Corpora
+from pipelines.progress import Bars
+
+
+def main(config: Config, overrides: list[str]) -> int:
+    """The verb: one record on stdout."""
+    folder = trained(Path(config.generate.checkpoint))
+    config = as_trained(config, overrides, folder)
+    with Bars() as bars:
+        tokens = read_tokens(corpus_for(config, folder, bars))
+        model = checkpoint.load(folder)
+        settings = config.evaluate
+        batches = list(held_out_batches(tokens.held_out, settings.batch, config.train.context, settings.tokens))
+        with bars.task("evaluating (batches)", len(batches)) as advance:
+            outcome = dataclasses.asdict(evaluate(model, batches, settings.contexts, advance))
+    record = {"checkpoint": str(folder), **outcome, "machine": machine(), "versions": versions()}
+    output.emit(record, config.format, _text(record))
+    return 0
+
+
+def as_trained(config: Config, overrides: list[str], folder: Path) -> Config:
+    """The config with the checkpoint's own data and context, unless the command line names others."""
+    own = checkpoint.read_pruning(folder).get("config")
+    named = {word.partition("=")[0].lstrip("+").split(".")[0] for word in overrides}
+    changes = {}
+    if own and "data" not in named:
+        changes["data"] = type(config.data)(**own["data"])
+    if own and "train" not in named:
+        changes["train"] = dataclasses.replace(config.train, context=own["train"]["context"])
+    config = dataclasses.replace(config, **changes)
+    contexts = [c for c in config.evaluate.contexts if c <= config.train.context]
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, contexts=contexts))
+
+
+def corpus_for(config: Config, folder: Path, bars: Bars) -> Path:
+    """The tokenised text a saved model is measured on, made with the tokenizer that was saved with it."""
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise UserError(
+            f"{folder} holds no tokenizer: save the model with one, ctxprune.save(model, folder, tokenizer)"
+        )
+    wanted = checkpoint.read_pruning(folder).get("tokenizer_fingerprint")
+    own = tokenizer.fingerprint(tokenizer.load_tokenizer(str(folder)))
+    if wanted is not None and wanted != own:
+        raise UserError(f"the tokenizer in {folder} is not the one its model was trained with: restore it")
+    with_tokenizer = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+    return Corpora([Trial("", with_tokenizer, [])]).prepare(with_tokenizer, bars)
+
+
+def _text(record: dict) -> str:
+    lines = [f"{record['checkpoint']}, {record['tokens']:,} held-out tokens, step function:"]
+    lines.append(f"  perplexity     {record['perplexity']:.4f}")
+    if record["perplexity_soft"] is not None:
+        lines.append(f"  with soft gates {record['perplexity_soft']:.4f}")
+    lines.append(f"  dropped        {record['sparsity']:.4f} of the context")
+    lines.append("  per layer      " + " ".join(f"{share:.3f}" for share in record["sparsity_per_layer"]))
+    for context, value in record["perplexity_at"].items():
+        dropped = record["sparsity_at"][context]
+        if value is not None and dropped is not None:
+            lines.append(f"  at context {context:>5}: perplexity {value:.4f}, dropped {dropped:.4f}")
+    return "\n".join(lines)

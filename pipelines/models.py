@@ -1,0 +1,91 @@
+"""Which model does a job train? A from-scratch base, or a pretrained one retrofitted with its policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import ctxprune
+from ctxprune import checkpoint
+from ctxprune.batches import train_batch
+from ctxprune.budget import strided_for, window_for
+from ctxprune.errors import UserError
+from ctxprune.policies import PolicyConfig
+from ctxprune.token_store import TokenStore
+from ctxprune.visibility import layout
+from pipelines.config import Config, ModelConfig
+
+CALIBRATION_SEED = 0xCA1B
+"""Seed of the training windows on which budgets are settled; apart from the seeds of training."""
+CALIBRATION_TOKENS = 65536
+"""Training tokens on which budgets are settled."""
+
+
+def from_scratch(model: ModelConfig, vocab_size: int, start_id: int, context: int, seed: int) -> PreTrainedModel:
+    """A randomly initialised model of a family that can be retrofitted, with `context` positions."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": vocab_size, "bos_token_id": start_id, "eos_token_id": start_id}
+    if model.family == "gpt2":
+        sizes = {"n_layer": model.layers, "n_embd": model.width, "n_head": model.heads, "n_positions": context}
+        sizes |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    else:
+        sizes = {
+            "num_hidden_layers": model.layers,
+            "hidden_size": model.width,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads,
+            # The usual 8/3 of gated MLPs, rounded up to a multiple of 32.
+            "intermediate_size": -(-8 * model.width // 96) * 32,
+            "max_position_embeddings": context,
+            "tie_word_embeddings": True,
+        }
+    if model.family == "qwen3":
+        sizes["head_dim"] = model.width // model.heads
+    config = AutoConfig.for_model(model.family, **common, **sizes)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def pretrained(folder_or_id: str, context: int, tokens: TokenStore) -> PreTrainedModel:
+    """A base model whose vocabulary holds every token of the corpus."""
+    model = checkpoint.load_base(folder_or_id, context)
+    if tokens.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokens.vocab_size} entries, {folder_or_id} only {model.config.vocab_size}: "
+            "they do not belong together; give the model's own tokenizer"
+        )
+    return model
+
+
+def policy_for(config: Config, layers: int, tokens: TokenStore) -> PolicyConfig:
+    """The policy of a trial; window and strided ones are solved for the target on training text."""
+    pruning, keep = config.pruning, {"sinks": config.policy.sinks, "recent": config.policy.recent}
+    if pruning.policy == "dense":
+        return ctxprune.DenseConfig(**keep)
+    if pruning.policy == "learned":
+        return ctxprune.GateConfig(
+            rank=pruning.rank, beta=pruning.beta, propagate_in_depth=pruning.propagate_in_depth, **keep
+        )
+    position = torch.cat([batch.position_ids for batch in calibration(config, tokens)])
+    documents = layout(*position.shape, position, None, position.device)
+    solve = window_for if pruning.policy == "window" else strided_for
+    return solve(pruning.sparsity, documents.position, documents.end, layers, **keep)
+
+
+def calibration(config: Config, tokens: TokenStore) -> list:
+    """Windows of training text, in batches, on which budgets are settled: the same for every trial."""
+    batch = config.evaluate.batch
+    count = max(1, CALIBRATION_TOKENS // (batch * config.train.context))
+    return [
+        train_batch(tokens.train, CALIBRATION_SEED, step, 0, 1, batch, config.train.context) for step in range(count)
+    ]
+
+
+def trained(folder: Path) -> Path:
+    """The saved model inside what a person may name: a trial's folder, a training step's folder, or the model itself."""
+    for inner in (folder, folder / "model", folder / "train" / "model"):
+        if (inner / checkpoint.PRUNING).is_file():
+            return inner
+    checkpoint.read_pruning(folder)
+    return folder

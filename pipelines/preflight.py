@@ -1,0 +1,60 @@
+"""Can this study run at all? Every mistake a person can mend is found before anything is written or any process started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ctxprune.errors import UserError
+from ctxprune.policies import GateConfig
+from ctxprune.retrofitting import retrofit
+from ctxprune.tokenizer import load_tokenizer
+from pipelines.config import Config
+
+
+def check_model(config: Config) -> None:
+    """UserError if the pretrained model of a trial is incomplete, of a family that cannot be retrofitted, too short, or
+    paired with a tokenizer that does not match. Weights are not read: only names, shapes and the tokenizer."""
+    path = config.model.path
+    if path is None:
+        return
+    if path.startswith(("/", ".", "~")) or Path(path).is_dir():
+        _check_folder(Path(path))
+    try:
+        found = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found)
+    except (OSError, ValueError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"no causal language model could be read from {path}: {first.strip()}") from error
+    retrofit(model, GateConfig(rank=1))
+    positions = getattr(found, "max_position_embeddings", None)
+    if positions is not None and positions < config.train.context:
+        raise UserError(
+            f"{path} has {positions} positions, fewer than train.context={config.train.context}: "
+            f"set train.context={positions} or less"
+        )
+    longest = config.benchmark.prompt + config.benchmark.new_tokens
+    if positions is not None and positions < longest:
+        raise UserError(
+            f"benchmark.prompt + benchmark.new_tokens is {longest}, more than the {positions} positions of {path}: lower one"
+        )
+    entries = len(load_tokenizer(path))
+    if entries > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} has {entries} entries, its model only {model.config.vocab_size}: "
+            "they do not belong together; put the model's own tokenizer there"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: give a folder with a transformers model, or a hub id")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: give the folder of a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no weights (*.safetensors): give the folder of a trained model")
+    if (folder / "pruning.json").is_file():
+        raise UserError(f"{folder} is a pruned model already: give the original")

@@ -1,0 +1,169 @@
+"""How is a whole study run? Plan, prepare, base models, trials, benchmarks, report; a second start does what is missing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from pipelines import cluster, output, store, tracking
+from pipelines.config import Config, to_record
+from pipelines.decoding_benchmark import run_benchmarks
+from pipelines.grid import Trial, expand
+from pipelines.machine import machine, versions
+from pipelines.preflight import check_model
+from pipelines.prepare import Corpora
+from pipelines.progress import Bars
+from pipelines.report import report
+from pipelines.study import Steps, collect, publish, steps
+
+logger = logging.getLogger("pipelines.sweep")
+
+
+def main(config: Config, overrides: list[str]) -> int:
+    """The verb: 0 when every trial has a result, 1 when one failed."""
+    return run_study(config, expand(config, overrides))
+
+
+def run_study(config: Config, trials: list[Trial]) -> int:
+    """Run trials as the sweep config.sweep.name; see the module's question."""
+    for trial in {trial.config.model.path: trial for trial in trials}.values():
+        check_model(trial.config)
+    folder = Path(config.runs) / config.sweep.name
+    corpora = Corpora(trials)
+    with store.locked(folder), Bars() as bars:
+        here = machine()
+        plan = [steps(trial, corpora.prepare(trial.config, bars), here) for trial in trials]
+        _write_plan(folder, plan)
+        for line in plan_lines(plan):
+            bars.say(line)
+        todo = [one for one in plan if one.missing()]
+        failures: dict[str, str] = {}
+        if any(set(one.missing()) - {"benchmark"} for one in todo):
+            with cluster.connected(config.cluster):
+                _run(_base_jobs(todo), config, folder, bars, failures)
+                _run(_trial_jobs(todo, failures, folder), config, folder, bars, failures)
+        run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], config.cluster, bars)
+        for one in plan:
+            if not one.missing():
+                _finish(one, config, folder, here, bars)
+    report(folder, json_lines=config.format == "json", out=output.stdout())
+    return 1 if failures else 0
+
+
+def plan_lines(plan: list[Steps]) -> list[str]:
+    """The plan for people, before anything runs: a line per trial with the steps it still needs."""
+    lines = [f"plan: {len(plan)} trials, {sum(bool(one.missing()) for one in plan)} with work left"]
+    width = max(len(one.trial.name) for one in plan)
+    for one in plan:
+        train = one.trial.config.train
+        tokens = train.steps * train.batch * train.context
+        need = ", ".join(one.missing()) or "done"
+        lines.append(f"  {one.trial.name:<{width}}  {tokens / 1e6:.2f} M tokens  {need}")
+    return lines
+
+
+def _base_jobs(todo: list[Steps]) -> list:
+    """The base models still to be trained, each once, largest first."""
+    jobs = {one.base.folder: one for one in todo if one.base and not store.finished(one.base.folder)}
+    return [(f"base {one.trial.config.model.name}", one.base) for one in _largest_first(list(jobs.values()))]
+
+
+def _trial_jobs(todo: list[Steps], failures: dict[str, str], folder: Path) -> list:
+    """The trials still to be trained or evaluated; those whose base model failed are reported and left out."""
+    jobs = []
+    for one in _largest_first(todo):
+        if not set(one.missing()) - {"benchmark"}:
+            continue
+        if one.base and not store.finished(one.base.folder):
+            cause = f"its base model failed: {failures.get('base ' + one.trial.config.model.name, 'unknown cause')}"
+            failures[one.trial.name] = cause
+            _record_failure(folder / one.trial.name, one.trial.name, cluster.Failure(cause, "", None))
+            continue
+        jobs.append((one.trial.name, one.job))
+    return jobs
+
+
+def _largest_first(todo: list[Steps]) -> list[Steps]:
+    """Long trials first, so that no core idles at the end: by model size, learned before the rest."""
+    return sorted(
+        todo,
+        key=lambda one: (
+            -(one.trial.config.model.layers * one.trial.config.model.width**2),
+            one.trial.config.pruning.policy != "learned",
+        ),
+    )
+
+
+def _run(jobs: list, config: Config, folder: Path, bars: Bars, failures: dict[str, str]) -> None:
+    """Run jobs with a bar over all of them and one for each that is running."""
+    if not jobs:
+        return
+    total = sum(_steps_of(job) for _, job in jobs)
+    reached = dict.fromkeys([name for name, _ in jobs], 0)
+    sizes = {name: _steps_of(job) for name, job in jobs}
+    with bars.task(f"{len(jobs)} training jobs (steps)", total) as advance:
+
+        def watch(name: str, row: dict) -> None:
+            if row["kind"] == "train":
+                reached[name] = row["step"] + 1
+                bars.update(name, row["step"] + 1, sizes[name])
+            advance(sum(reached.values()))
+
+        def ended(name: str, failure: cluster.Failure | None) -> None:
+            reached[name] = sizes[name]
+            bars.close(name)
+            advance(sum(reached.values()))
+            if failure is None:
+                bars.say(f"  done    {name}")
+                return
+            failures[name] = failure.cause
+            bars.say(f"  FAILED  {name}: {failure.cause}")
+            _record_failure(folder / name.replace(" ", "-"), name, failure)
+
+        cluster.run_jobs(jobs, config.cluster, watch, ended)
+
+
+def _steps_of(job) -> int:
+    train = job.config["train"]
+    return train["base_steps"] if job.kind == "base" else train["steps"]
+
+
+def _record_failure(folder: Path, name: str, failure: cluster.Failure) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "failure.log"
+    log.write_text(failure.traceback)
+    record = {"trial": name, "cause": failure.cause, "log": str(log), "step": failure.last_step}
+    store.write_json(folder / "failure.json", record)
+
+
+def _finish(one: Steps, config: Config, folder: Path, here: dict, bars: Bars) -> None:
+    """result.json of a trial whose steps are all there, and its mirror in W&B; nothing if that was done before."""
+    target = folder / one.trial.name
+    done = target / "result.json"
+    result = collect(one, config.sweep.name, here, versions())
+    if done.is_file():
+        before = json.loads(done.read_text())
+        if {**before, "versions": None} == json.loads(json.dumps({**result, "versions": None})):
+            return
+    publish(one, target, result)
+    tracking.mirror(one.trial.config, config.sweep.name, target, result)
+
+
+def _write_plan(folder: Path, plan: list[Steps]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "sweep": folder.name,
+        "trials": [{"trial": one.trial.name, "overrides": one.trial.overrides} for one in plan],
+    }
+    store.write_json(folder / "plan.json", record)
+    for one in plan:
+        trial = folder / one.trial.name
+        trial.mkdir(exist_ok=True)
+        _write_yaml(trial / "config.yaml", to_record(one.trial.config))
+
+
+def _write_yaml(path: Path, record: dict) -> None:
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(record)))

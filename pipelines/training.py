@@ -1,0 +1,203 @@
+"""What happens in a training step, and in which order over a run? The same loop for base models and trials."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ctxprune import objective
+from ctxprune.batches import Batch, targets, train_batch
+from ctxprune.budget import SparsityController
+from ctxprune.drop_time import DropTimes
+from ctxprune.retrofitting import freeze_backbone, gate_parameters, state_of
+from ctxprune.token_store import TokenSplit
+from ctxprune.visibility import visible_pairs
+from pipelines import engine as engines
+from pipelines.config import Config, PruningConfig, TrainConfig
+
+MEASURE_EVERY = 4
+"""Steps between two measurements of the hard sparsity: one costs about a tenth of a step."""
+
+
+@dataclass
+class Plan:
+    """One run of the loop: base models and trials differ only here."""
+
+    steps: int
+    learning_rate: float
+    gate_learning_rate: float
+    train: TrainConfig
+    pruning: PruningConfig
+    gated: bool
+
+
+@dataclass
+class StepReport:
+    """What one step did. loss: nats per token of this rank's rows; kept_share: mean soft survival; sparsity: of the step
+    function over all ranks, where it was measured."""
+
+    loss: float
+    kept_share: float | None = None
+    sparsity: float | None = None
+
+
+def base_plan(config: Config) -> Plan:
+    """Plain language modelling from scratch."""
+    train = config.train
+    return Plan(train.base_steps, train.base_learning_rate, 0.0, train, PruningConfig(policy="dense"), False)
+
+
+def trial_plan(config: Config) -> Plan:
+    """Fine-tuning under the trial's policy."""
+    train, gated = config.train, config.pruning.policy == "learned"
+    return Plan(train.steps, train.learning_rate, train.gate_learning_rate, train, config.pruning, gated)
+
+
+def run(
+    model: nn.Module, teacher: nn.Module | None, config: Config, plan: Plan, split: TokenSplit, log: Path | None
+) -> dict[str, torch.Tensor] | None:
+    """Train model over the default process group; rank 0 gets the final weights, the others None.
+
+    teacher: the dense model to distil from, or None. log: metrics.jsonl to append to (rank 0 only).
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if plan.pruning.freeze_backbone:
+        freeze_backbone(model)
+    wrapped = engines.start(model, _groups(model, plan), config.engine, plan.train, world)
+    controller = SparsityController(plan.pruning.sparsity) if plan.gated and plan.pruning.sparsity else None
+    gamma = controller.gamma if controller else (plan.pruning.gamma or 0.0)
+    wrapped.train()
+    start, rows = time.monotonic(), _appender(log)
+    for step in range(plan.steps):
+        progress = step / plan.steps
+        _set_learning_rates(wrapped.optimizer, learning_rate_factor(progress, step, plan))
+        if plan.gated:
+            state_of(model).alpha = objective.alpha_at(
+                progress / plan.pruning.alpha_steps, plan.pruning.alpha_start, plan.pruning.alpha_end
+            )
+        batch = train_batch(split, plan.train.seed, step, rank, world, plan.train.batch, plan.train.context)
+        measuring = plan.gated and (step % MEASURE_EVERY == 0 or step + 1 == plan.steps)
+        report = train_step(wrapped, model, teacher, batch, gamma, plan, measuring, step)
+        if controller and report.sparsity is not None:
+            gamma = controller.update(report.sparsity, progress, MEASURE_EVERY)
+        if step % plan.train.log_every == 0 or step + 1 == plan.steps:
+            rows(_row(step, report, model, controller, gamma, plan, time.monotonic() - start))
+    return engines.full_weights(wrapped, config.engine.zero)
+
+
+def train_step(
+    wrapped, model: nn.Module, teacher, batch: Batch, gamma: float, plan: Plan, measuring: bool, step: int
+) -> StepReport:
+    """One optimizer step: next-token loss + gamma * kept share (+ distillation)."""
+    batch = Batch(batch.input_ids.to(wrapped.device), batch.position_ids.to(wrapped.device))
+    state = state_of(model, default=None)
+    if measuring:
+        state.record = []
+    wanted = targets(batch)
+    logits = wrapped(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    prediction = objective.next_token_loss(logits, wanted)
+    loss, kept = prediction, None
+    if plan.gated:
+        kept = objective.kept_share(model)
+        loss = loss + gamma * kept
+    if teacher is not None:
+        with torch.no_grad():
+            aim = teacher(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        loss = loss + plan.pruning.distillation * objective.distillation_loss(logits, aim, wanted)
+    _refuse_non_finite(loss, step)
+    wrapped.backward(loss)
+    wrapped.step()
+    sparsity = None
+    if measuring:
+        sparsity = _hard_sparsity(state)
+        state.record = None
+    return StepReport(prediction.item(), None if kept is None else kept.item(), sparsity)
+
+
+def learning_rate_factor(progress: float, step: int, plan: Plan) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last share of the steps (none in the paper)."""
+    warmup = max(1.0, plan.train.warmup * plan.steps)
+    rising = min(1.0, (step + 1) / warmup)
+    falling = min(1.0, (1.0 - progress) / plan.train.decay) if plan.train.decay > 0 else 1.0
+    return rising * falling
+
+
+def _groups(model: nn.Module, plan: Plan) -> list[dict]:
+    """AdamW groups: the backbone, and the gates with a learning rate of their own; `peak` is what the schedule scales."""
+    gates = {id(p) for p in gate_parameters(model)}
+    groups = []
+    for rate, chosen in (
+        (plan.learning_rate, [p for p in model.parameters() if id(p) not in gates and p.requires_grad]),
+        (plan.gate_learning_rate, [p for p in model.parameters() if id(p) in gates]),
+    ):
+        if chosen:
+            groups.append({"params": chosen, "lr": rate, "peak": rate})
+    return groups
+
+
+def _set_learning_rates(optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def _hard_sparsity(state) -> float:
+    """Step-function sparsity of the step just taken, over the rows of all ranks."""
+    drop_time = torch.stack(state.record)
+    if state.propagate_in_depth:
+        drop_time = drop_time.cummin(0).values
+    taken = DropTimes(drop_time, state.plan.end)
+    counts = torch.stack(
+        [taken.kept_pairs().double().sum() / len(drop_time), visible_pairs(state.plan.end).sum().double()]
+    )
+    dist.all_reduce(counts)
+    return float(1.0 - counts[0] / counts[1].clamp(min=1))
+
+
+def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
+    """Every rank stops before the update if any rank's loss is not finite."""
+    fine = torch.isfinite(loss.detach()).to(torch.int32)
+    everywhere = fine.clone()
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    if not bool(everywhere):
+        whose = "this rank" if not bool(fine) else "another rank"
+        raise FloatingPointError(
+            f"the loss of step {step} is not finite on {whose} (rank {dist.get_rank()}): lower train.learning_rate"
+        )
+
+
+def _row(step: int, report: StepReport, model, controller, gamma: float, plan: Plan, seconds: float) -> dict:
+    tokens = (step + 1) * plan.train.batch * plan.train.context
+    row = {"kind": "train", "step": step, "steps": plan.steps, "loss": report.loss, "seconds": round(seconds, 3)}
+    row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
+    row["learning_rate"] = plan.learning_rate * learning_rate_factor(step / plan.steps, step, plan)
+    if plan.gated:
+        row |= {
+            "alpha": state_of(model).alpha,
+            "gamma": gamma,
+            "sparsity_soft": None if report.kept_share is None else 1.0 - report.kept_share,
+            "sparsity": report.sparsity,
+            "sparsity_goal": controller.goal(step / plan.steps) if controller else None,
+        }
+    return row
+
+
+def _appender(log: Path | None) -> Callable[[dict], None]:
+    """Append one row per call to metrics.jsonl, flushed at once so that it can be watched; nothing where log is None."""
+    if log is None:
+        return lambda row: None
+
+    def append(row: dict) -> None:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with log.open("a") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+            file.flush()
+
+    return append
