@@ -32,7 +32,23 @@ _HOME = {
     "save": "checkpoint",
     "set_alpha": "retrofitting",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "DenseConfig",
+    "DropTimes",
+    "GateConfig",
+    "Generation",
+    "PrunedCache",
+    "StridedConfig",
+    "UserError",
+    "WindowConfig",
+    "drop_times",
+    "generate",
+    "load",
+    "mode",
+    "retrofit",
+    "save",
+    "set_alpha",
+]
 
 
 def __getattr__(name: str):

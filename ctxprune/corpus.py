@@ -133,7 +133,8 @@ def take(documents: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
-    """(train, held out): documents in the order of their hash are held out until they make up that share of the bytes.
+    """(train, held out): every so many-th document in order of size is held out, so that both sides hold documents of the
+    same lengths (how much context a model can drop depends on them), then others until the share of the bytes is met.
 
     Depends on the content alone, not on the order of the documents, which both sides keep. A repeated document counts
     once, so no document is on both sides. Documents that would overshoot the share by more than half are passed over;
@@ -146,7 +147,7 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
     target = held_out * sum(unique.values())
     held: set[str] = set()
     have = 0
-    for document in sorted(unique, key=lambda document: hashlib.sha256(document.encode()).digest()):
+    for document in _spread_over_sizes(unique, held_out):
         if have < target and have + unique[document] <= 1.5 * target:
             held.add(document)
             have += unique[document]
@@ -165,6 +166,19 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
     if not train:
         raise UserError("there is too little text to hold some of it out: give more text")
     return train, kept_out
+
+
+def _spread_over_sizes(sizes: dict[str, int], share: float) -> list[str]:
+    """All documents, first the middle one of each run of 1/share documents in order of size, then the rest by hash."""
+    digest = {document: hashlib.sha256(document.encode()).digest() for document in sizes}
+    ordered = sorted(sizes, key=lambda document: (sizes[document], digest[document]))
+    picked = {
+        document
+        for index, document in enumerate(ordered)
+        if int((index + 1) * share + 0.5) > int(index * share + 0.5)
+    }
+    # By hash within each part: a guard on the share then leaves out a document of any size, not the longest ones.
+    return sorted(sizes, key=lambda document: (document not in picked, digest[document]))
 
 
 def _cut(document: str, tail: int) -> tuple[str, str]:

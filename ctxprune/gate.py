@@ -20,7 +20,8 @@ class InteractionGate(nn.Module):
         super().__init__()
         self.query = nn.Linear(width, rank, bias=False)
         self.key = nn.Linear(width, rank, bias=False)
-        self.beta = nn.Parameter(torch.tensor(float(beta)))
+        # One element, not zero axes: DeepSpeed broadcasts parameters byte by byte and cannot view a scalar so.
+        self.beta = nn.Parameter(torch.tensor([float(beta)]))
         nn.init.normal_(self.query.weight, std=INITIAL_STD)
         nn.init.normal_(self.key.weight, std=INITIAL_STD)
 
@@ -29,4 +30,4 @@ class InteractionGate(nn.Module):
     ) -> tuple[Float[Tensor, "batch n rank"], Float[Tensor, "batch n rank"], Float[Tensor, ""]]:
         """Interaction query, interaction key and beta, in the dtype of the gate's weights."""
         # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.
-        return self.query(hidden), self.key(hidden), self.beta * 1.0
+        return self.query(hidden), self.key(hidden), self.beta.sum()

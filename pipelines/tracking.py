@@ -53,4 +53,4 @@ def _mirror(config: Config, sweep: str, folder: Path, result: dict) -> None:
                 if isinstance(value, (int, float, str)):
                     run.summary[name] = value
         finally:
-            run.finish(quiet=True)
+            run.finish()
