@@ -1,4 +1,6 @@
-"""What does a retrofitted attention layer do differently? It computes its gates and calls the same attention under them.
+"""What does a retrofitted attention layer do differently?
+
+It computes its gates and calls the same attention under them.
 
 No hooks and no monkey-patching: a wrapper module takes the place of the layer's attention, computes gates from the same
 normalised hidden states, and passes what it decided as one more keyword. transformers hands unknown keywords on to the
@@ -79,7 +81,10 @@ class PrunedAttention(nn.Module):
     def _record_hard(self, call: Soft) -> None:
         """The step function's drop times beside a soft pass: what the sparsity controller watches."""
         gates = (call.interaction_query, call.interaction_key, call.beta)
-        self.state.record.append(kernels.drop_times(*gates, guard=call.guard, end=call.end))
+        taken = kernels.drop_times(*gates, guard=call.guard, end=call.end)
+        if self.state.propagate_in_depth and self.layer_idx > 0:
+            taken = torch.minimum(taken, self.state.record[-1])
+        self.state.record.append(taken)
 
     @property
     def mode(self) -> str:

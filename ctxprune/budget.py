@@ -1,4 +1,7 @@
-"""How is a sparsity target met? A controller steers the sparsity weight while training; thresholds settle the last point."""
+"""How is a sparsity target met?
+
+A controller steers the sparsity weight while training; thresholds settle the last point.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,8 @@ def measure(model, batches: list) -> float:
 def window_for(
     target: float, position: Int[Tensor, "batch n"], end: Int[Tensor, "batch n"], layers: int, sinks: int, recent: int
 ) -> WindowConfig:
-    """The window whose realised sparsity on these documents is `target`: one width or two neighbouring ones over the layers.
+    """The window whose realised sparsity on these documents is `target`: one width or two neighbouring ones over the
+    layers.
 
     position, end: documents of a sample of training text, as in ctxprune.visibility.Layout.
     """
@@ -131,8 +135,8 @@ def strided_for(
     """The strided pattern whose realised sparsity on these documents is `target`.
 
     The published pattern (the last token of every block lasts) cannot drop more than about 1 - 2/sqrt(n); beyond, fewer
-    blocks leave a lasting token. Of two block lengths with one budget the longer, more local one is taken: it costs less
-    perplexity.
+    blocks leave a lasting token. Of two block lengths with one budget the longer, more local one is taken: it costs
+    less perplexity.
     """
     wanted = (1.0 - target) * visible_pairs(end).sum().item()
     n = position.shape[1]

@@ -1,4 +1,6 @@
-"""Where do the survivors live while a model generates? In slots: what is dropped frees its slot, and the next token takes it.
+"""Where do the survivors live while a model generates?
+
+In slots: what is dropped frees its slot, and the next token takes it.
 
 The order of slots means nothing (attention is a sum), so nothing is ever moved to close a gap. True positions are kept
 beside the slots. Keys are stored as the model rotated them, so RoPE stays right whatever was dropped.

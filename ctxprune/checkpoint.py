@@ -1,4 +1,7 @@
-"""How is a pruned model kept on disk? Safetensors, transformers' own config, one readable pruning.json; whole or not there."""
+"""How is a pruned model kept on disk?
+
+Safetensors, transformers' own config, one readable pruning.json; whole or not there.
+"""
 
 from __future__ import annotations
 

@@ -133,8 +133,9 @@ def take(documents: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
-    """(train, held out): every so many-th document in order of size is held out, so that both sides hold documents of the
-    same lengths (how much context a model can drop depends on them), then others until the share of the bytes is met.
+    """(train, held out): every so many-th document in order of size is held out, so that both sides hold documents of
+    the same lengths (how much context a model can drop depends on them), then others until the share of the bytes is
+    met.
 
     Depends on the content alone, not on the order of the documents, which both sides keep. A repeated document counts
     once, so no document is on both sides. Documents that would overshoot the share by more than half are passed over;
@@ -173,9 +174,7 @@ def _spread_over_sizes(sizes: dict[str, int], share: float) -> list[str]:
     digest = {document: hashlib.sha256(document.encode()).digest() for document in sizes}
     ordered = sorted(sizes, key=lambda document: (sizes[document], digest[document]))
     picked = {
-        document
-        for index, document in enumerate(ordered)
-        if int((index + 1) * share + 0.5) > int(index * share + 0.5)
+        document for index, document in enumerate(ordered) if int((index + 1) * share + 0.5) > int(index * share + 0.5)
     }
     # By hash within each part: a guard on the share then leaves out a document of any size, not the longest ones.
     return sorted(sizes, key=lambda document: (document not in picked, digest[document]))

@@ -1,7 +1,7 @@
 """Which keys does a decoding step drop? The same rule as over whole rows, asked one call at a time.
 
-`decide` runs before the layer's own keys exist: it marks dropped slots free (a drop acts at once, for the very query that
-decided it) and says which of the new tokens will be stored. Offline drop times and these steps agree exactly.
+`decide` runs before the layer's own keys exist: it marks dropped slots free (a drop acts at once, for the very query
+that decided it) and says which of the new tokens will be stored. Offline drop times and these steps agree exactly.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def drop_times(
 ) -> DropTimes:
     """When a retrofitted model drops each token of input_ids in each layer, under the step function.
 
-    position_ids restart where a new packed document starts; attention_mask is 0 at padding. One forward pass; agrees with
-    step-by-step decoding. Raises UserError if the model is not retrofitted.
+    position_ids restart where a new packed document starts; attention_mask is 0 at padding. One forward pass; agrees
+    with step-by-step decoding. Raises UserError if the model is not retrofitted.
     """
     taken, _ = forward_with_drop_times(model, input_ids, position_ids=position_ids, attention_mask=attention_mask)
     return taken

@@ -1,4 +1,7 @@
-"""How good is a pruned model on text it has not seen? Perplexity and sparsity under the step function it is deployed with."""
+"""How good is a pruned model on text it has not seen?
+
+Perplexity and sparsity under the step function it is deployed with.
+"""
 
 from __future__ import annotations
 

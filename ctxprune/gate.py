@@ -11,7 +11,8 @@ INITIAL_STD = 0.02
 
 
 class InteractionGate(nn.Module):
-    """Interaction query, key and offset of one layer: x[n, j] = q[n] . k[j] / sqrt(rank) + beta (arXiv 2305.15805, eq. 4).
+    """Interaction query, key and offset of one layer: x[n, j] = q[n] . k[j] / sqrt(rank) + beta (arXiv 2305.15805, eq.
+    4).
 
     width: hidden size of the layer's normalised input; rank: width r of the interaction.
     """

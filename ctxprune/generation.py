@@ -17,8 +17,8 @@ from ctxprune.retrofitting import mode, state_of
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: the new tokens of each prompt, in the order of the prompts (end-of-sequence included when it was reached);
-    live_tokens: mean over layers of the keys alive at the end of each row's last step, itself included;
+    """tokens: the new tokens of each prompt, in the order of the prompts (end-of-sequence included when it was
+    reached); live_tokens: mean over layers of the keys alive at the end of each row's last step, itself included;
     cache: the pruned cache as it was left, without the rows that ended early."""
 
     tokens: list[Int[Tensor, " new"]]
@@ -61,9 +61,9 @@ def generate(
     """Continue prompts with the dropped context physically gone.
 
     input_ids: a (batch, n) tensor or a list of 1-D prompts of any lengths (padded on the left inside). max_new_tokens:
-    tokens added at most per row; a row ends at eos_token_id and leaves the batch. Each row samples with its own generator
-    (seed + row), so its output never depends on its neighbours. prefill_chunk: prompt tokens per pass, 0 for all at once
-    (prompts of one length only). on_token(step) is called after each step. Returns a Generation.
+    tokens added at most per row; a row ends at eos_token_id and leaves the batch. Each row samples with its own
+    generator (seed + row), so its output never depends on its neighbours. prefill_chunk: prompt tokens per pass, 0 for
+    all at once (prompts of one length only). on_token(step) is called after each step. Returns a Generation.
 
     Raises UserError for an empty prompt, max_new_tokens < 1, a prompt that with its continuation is longer than the
     model's positions, or sampling settings out of range.

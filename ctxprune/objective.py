@@ -21,8 +21,8 @@ def next_token_loss(logits: Float[Tensor, "batch n vocab"], targets: Int[Tensor,
 
 
 def kept_share(model) -> Float[Tensor, ""]:
-    """Mean over layers of the mean of I over the visible pairs: the paper's regulariser (arXiv 2305.15805, eq. 7) with the
-    constant triangle left out. Of the last soft forward pass; differentiable."""
+    """Mean over layers of the mean of I over the visible pairs: the paper's regulariser (arXiv 2305.15805, eq. 7) with
+    the constant triangle left out. Of the last soft forward pass; differentiable."""
     return torch.stack(state_of(model).survival).mean()
 
 

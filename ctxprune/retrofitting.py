@@ -24,15 +24,17 @@ NOT_SEPARABLE = ("attn_logit_softcapping", "attn_logit_softcap")
 def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     """Wrap every attention layer of a causal language model of transformers, in place, and return the model.
 
-    config: GateConfig (learned gates, new trainable parameters), WindowConfig, StridedConfig or DenseConfig. The model's
-    own weights are untouched: while nothing is dropped its logits are bit-identical to before. Works for the families
-    that follow transformers' attention convention (GPT-2, Llama, Qwen3, Mistral, GPT-NeoX, ...); raises UserError for
-    the rest, and if the model is retrofitted already.
+    config: GateConfig (learned gates, new trainable parameters), WindowConfig, StridedConfig or DenseConfig. The
+    model's own weights are untouched: while nothing is dropped its logits are bit-identical to before. Works for the
+    families that follow transformers' attention convention (GPT-2, Llama, Qwen3, Mistral, GPT-NeoX, ...); raises
+    UserError for the rest, and if the model is retrofitted already.
     """
     if state_of(model, default=None) is not None:
         raise UserError("this model is already retrofitted: load the original again to change its pruning")
     places = list(_attention_layers(model))
     _refuse_unsupported(model, places)
+    # All rules first: a policy that does not fit must leave the model as it was.
+    rules = [config.layer(index, _width(model)) for index in range(len(places))]
     attention.register()
     model.set_attn_implementation(attention.NAME)
     state = PruningState(
@@ -41,7 +43,7 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     state.survival = [None] * len(places)
     for index, (layer, name) in enumerate(places):
         inner = getattr(layer, name)
-        wrapper = PrunedAttention(inner, config.layer(index, _width(model)), index, state)
+        wrapper = PrunedAttention(inner, rules[index], index, state)
         wrapper.sliding_window = _sliding_window(model, index)
         weight = next(inner.parameters())
         wrapper.rule.to(dtype=weight.dtype, device=weight.device)
@@ -73,7 +75,8 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def mode(model: nn.Module, value: Mode) -> Iterator[None]:
-    """Within the block: `soft` gates, the `hard` step function, or `dense` (gates bypassed), whatever model.training says."""
+    """Within the block: `soft` gates, the `hard` step function, or `dense` (gates bypassed), whatever model.training
+    says."""
     state = state_of(model)
     before, state.mode = state.mode, value
     try:

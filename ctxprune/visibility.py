@@ -1,4 +1,7 @@
-"""Which keys may a query see before any gate has spoken? Document ends, lifetimes and protected tokens, one integer each."""
+"""Which keys may a query see before any gate has spoken?
+
+Document ends, lifetimes and protected tokens, one integer each.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def layout(
     padding: Bool[Tensor, "batch n"] | None,
     device: torch.device,
 ) -> Layout:
-    """Documents of a batch: a new one starts where position_ids do not rise by one, and wherever padding begins or ends.
+    """Documents of a batch: a new one starts where position_ids do not rise by one, and wherever padding begins or
+    ends.
 
     padding: True at real tokens. A padding token is a document of its own: no other token ever sees it.
     """
@@ -59,8 +63,8 @@ def lifetimes(
 ) -> Int[Tensor, "batch n"] | None:
     """How many queries see each key by position alone, itself included; None when every key lives for ever.
 
-    sinks: first positions of a document that no rule drops; recent: queries after the key during which no rule drops it;
-    sliding_window: the model's own limit, which binds even them.
+    sinks: first positions of a document that no rule drops; recent: queries after the key during which no rule drops
+    it; sliding_window: the model's own limit, which binds even them.
     """
     life = rule.lifetime(position)
     if life is not None:

@@ -1,4 +1,7 @@
-"""Which operations make pruned attention, and which implementation runs? `impl` never changes the meaning, only the speed."""
+"""Which operations make pruned attention, and which implementation runs?
+
+`impl` never changes the meaning, only the speed.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,8 @@ def log_survival(
     guard: Int[Tensor, "batch n"] | None = None,
     end: Int[Tensor, "batch n"] | None = None,
 ) -> Float[Tensor, "batch n n"]:
-    """log I[k, j] itself, differentiable: n x n numbers, for drops that accumulate over depth. Entries with j > k are 0."""
+    """log I[k, j] itself, differentiable: n x n numbers, for drops that accumulate over depth. Entries with j > k
+    are 0."""
     _check_alpha(alpha)
     guard, end = _defaults(guard, end, *interaction_query.shape[:2], interaction_query.device)
     return _soft_torch.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
@@ -98,7 +102,8 @@ def drop_times(
     end: Int[Tensor, "batch n"] | None = None,
     impl: Impl = "auto",
 ) -> Int[Tensor, "batch n"]:
-    """First query that no longer sees each key under the step function: min{k >= guard[j] : x[k, j] <= 0}, at most end[j].
+    """First query that no longer sees each key under the step function: min{k >= guard[j] : x[k, j] <= 0}, at most
+    end[j].
 
     Key j is visible to query k iff j <= k < drop_times[j]; never dropped reads as end[j] (n by default).
     """

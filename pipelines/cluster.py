@@ -1,4 +1,7 @@
-"""Where do jobs run? Ray starts DeepSpeed processes, as many jobs at a time as the machine holds; one failure stops no other."""
+"""Where do jobs run?
+
+Ray starts DeepSpeed processes, as many jobs at a time as the machine holds; one failure stops no other.
+"""
 
 from __future__ import annotations
 
@@ -142,8 +145,9 @@ def _failure(job: Job, error: Exception) -> Failure:
         told = json.loads(path.read_text())
         return Failure(f"{told['cause']} (rank {told['rank']})", told["traceback"], step)
     lines = [line for line in str(error).splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else type(error).__name__
     return Failure(
-        f"a worker died without a word (killed, or out of memory): {lines[-1].strip() if lines else type(error).__name__}",
+        f"a worker died without a word (killed, or out of memory): {last}",
         "".join(traceback.format_exception(error)),
         step,
     )

@@ -212,10 +212,16 @@ def _quoted(value: str) -> str:
 
 def _absolute_paths(config: Config) -> None:
     """Workers may stand in another folder than the person who typed the path."""
+    config.runs = str(Path(config.runs).expanduser().absolute())
     if config.data.path:
         config.data.path = str(Path(config.data.path).expanduser().absolute())
     if config.model.path and (config.model.path.startswith(("/", ".", "~")) or Path(config.model.path).is_dir()):
         config.model.path = str(Path(config.model.path).expanduser().absolute())
+    if config.model.path and config.model.name == "local":
+        # A folder's own name says more in tables than "local".
+        config.model.name = (
+            re.sub(r"[^a-z0-9._-]+", "-", Path(config.model.path).name.lower()).strip("-._")[:48] or "local"
+        )
     if config.generate.checkpoint:
         config.generate.checkpoint = str(Path(config.generate.checkpoint).expanduser().absolute())
 

@@ -38,7 +38,8 @@ def _one(one: Steps, staged: Path) -> None:
 
 
 def measure(model_folder: Path, data: Path, settings: BenchmarkConfig, advance=lambda done: None) -> dict:
-    """Decoding speed and cache size of a saved model on held-out text; see ctxprune.decoding and decoding_speed.compare."""
+    """Decoding speed and cache size of a saved model on held-out text; see ctxprune.decoding and
+    decoding_speed.compare."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = checkpoint.load(model_folder, device=device)
     ids = _text(data, settings)
@@ -51,7 +52,8 @@ def _text(data: Path, settings: BenchmarkConfig) -> torch.Tensor:
     tokens = read_tokens(data).held_out
     if len(tokens.tokens) < length:
         raise UserError(
-            f"held-out text has {len(tokens.tokens)} tokens, fewer than benchmark.prompt + benchmark.new_tokens = {length}"
+            f"held-out text has {len(tokens.tokens)} tokens, fewer than "
+            f"benchmark.prompt + benchmark.new_tokens = {length}: lower one"
         )
     rows = torch.cat([batch.input_ids for batch in held_out_batches(tokens, settings.batch, length, 10**9)])
     # Few held-out rows are repeated: speed does not mind.

@@ -30,11 +30,12 @@ class Pass:
 def compare(
     model, ids: Int[Tensor, "batch n"], prompt: int, repeats: int, advance: Callable[[int], None]
 ) -> dict[str, object]:
-    """Decode the same held-out text pruned and dense, repeats times in turn; medians, and the spread of the pruned rate.
+    """Decode the same held-out text pruned and dense, repeats times in turn; medians, and the spread of the pruned
+    rate.
 
-    ids: the text; its first `prompt` tokens are the prompt, the others are fed one step at a time, each step computing the
-    next token as in generation (fed text, not the model's own, so that both modes do the same work on the same context).
-    The cache is measured at the last step, interaction keys included.
+    ids: the text; its first `prompt` tokens are the prompt, the others are fed one step at a time, each step computing
+    the next token as in generation (fed text, not the model's own, so that both modes do the same work on the same
+    context). The cache is measured at the last step, interaction keys included.
     """
     steps = ids.shape[1] - prompt
     passes: dict[str, list[Pass]] = {"hard": [], "dense": []}

@@ -14,7 +14,8 @@ BETAS = (0.9, 0.999)
 
 
 def start(model: nn.Module, groups: list[dict], engine: EngineConfig, train: TrainConfig, world: int):
-    """A DeepSpeed engine around model; groups: AdamW parameter groups. The process group must be initialised already."""
+    """A DeepSpeed engine around model; groups: AdamW parameter groups. The process group must be initialised
+    already."""
     deepspeed = _import()
     if engine.dtype == "bfloat16":
         model.to(torch.bfloat16)
@@ -61,7 +62,8 @@ def _settings(engine: EngineConfig, train: TrainConfig, world: int) -> dict:
 
 
 def full_weights(wrapped, stage: int) -> dict[str, Tensor] | None:
-    """Every weight of the trained model on rank 0, on the CPU in float32; None on the other ranks. A collective call."""
+    """Every weight of the trained model on rank 0, on the CPU in float32; None on the other ranks. A collective
+    call."""
     module = wrapped.module
     rank = torch.distributed.get_rank()
     if stage < 3:

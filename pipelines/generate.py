@@ -46,6 +46,7 @@ def main(config: Config, overrides: list[str]) -> int:
         "live_tokens": alive,
         "dropped": 1.0 - alive / seen,
     }
-    shown = f"{asked.prompt}{text}\n\n[{alive:.1f} of {seen} context tokens still alive per layer: {record['dropped']:.0%} dropped]"
+    note = f"[{alive:.1f} of {seen} context tokens still alive per layer: {record['dropped']:.0%} dropped]"
+    shown = f"{asked.prompt}{text}\n\n{note}"
     output.emit(record, config.format, shown)
     return 0

@@ -83,7 +83,8 @@ def calibration(config: Config, tokens: TokenStore) -> list:
 
 
 def trained(folder: Path) -> Path:
-    """The saved model inside what a person may name: a trial's folder, a training step's folder, or the model itself."""
+    """The saved model inside what a person may name: a trial's folder, a training step's folder, or the model
+    itself."""
     for inner in (folder, folder / "model", folder / "train" / "model"):
         if (inner / checkpoint.PRUNING).is_file():
             return inner

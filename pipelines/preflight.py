@@ -1,4 +1,7 @@
-"""Can this study run at all? Every mistake a person can mend is found before anything is written or any process started."""
+"""Can this study run at all?
+
+Every mistake a person can mend is found before anything is written or any process started.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def check_model(config: Config) -> None:
     longest = config.benchmark.prompt + config.benchmark.new_tokens
     if positions is not None and positions < longest:
         raise UserError(
-            f"benchmark.prompt + benchmark.new_tokens is {longest}, more than the {positions} positions of {path}: lower one"
+            f"benchmark.prompt + benchmark.new_tokens is {longest}, more than the {positions} positions of {path}: "
+            "lower one"
         )
     entries = len(load_tokenizer(path))
     if entries > model.config.vocab_size:

@@ -17,7 +17,8 @@ FORMAT = 1
 
 
 class Corpora:
-    """The corpora of a study's trials, each text read and tokenised once, and all mistakes found before any is written."""
+    """The corpora of a study's trials, each text read and tokenised once, and all mistakes found before any is
+    written."""
 
     def __init__(self, trials: list[Trial]):
         self.documents: dict[str, list[str]] = {}

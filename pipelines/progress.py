@@ -1,4 +1,7 @@
-"""How long will it take? Bars with the time left, on stderr only; silent where stderr is not a terminal but for a line now and then."""
+"""How long will it take?
+
+Bars with the time left, on stderr only; silent where stderr is not a terminal but for a line now and then.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What has to be done for a trial, and what does each step depend on? Data -> base model -> train -> evaluate -> benchmark."""
+"""What has to be done for a trial, and what does each step depend on?
+
+Data -> base model -> train -> evaluate -> benchmark.
+"""
 
 from __future__ import annotations
 

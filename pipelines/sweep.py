@@ -1,4 +1,7 @@
-"""How is a whole study run? Plan, prepare, base models, trials, benchmarks, report; a second start does what is missing."""
+"""How is a whole study run?
+
+Plan, prepare, base models, trials, benchmarks, report; a second start does what is missing.
+"""
 
 from __future__ import annotations
 

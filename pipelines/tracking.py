@@ -1,4 +1,7 @@
-"""Where else can results be seen? A W&B run per trial, written from our own records; if it fails, a warning and no more."""
+"""Where else can results be seen?
+
+A W&B run per trial, written from our own records; if it fails, a warning and no more.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ logger = logging.getLogger("pipelines.tracking")
 
 
 def mirror(config: Config, sweep: str, folder: Path, result: dict) -> None:
-    """Copy a finished trial to W&B: run id = hash of its config, group = sweep; offline runs lie in runs/<sweep>/wandb."""
+    """Copy a finished trial to W&B: run id = hash of its config, group = sweep; offline runs lie in
+    runs/<sweep>/wandb."""
     if config.tracking.mode == "off":
         return
     try:

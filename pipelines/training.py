@@ -41,8 +41,8 @@ class Plan:
 
 @dataclass
 class StepReport:
-    """What one step did. loss: nats per token of this rank's rows; kept_share: mean soft survival; sparsity: of the step
-    function over all ranks, where it was measured."""
+    """What one step did. loss: nats per token of this rank's rows; kept_share: mean soft survival; sparsity: of the
+    step function over all ranks, where it was measured."""
 
     loss: float
     kept_share: float | None = None
@@ -131,7 +131,8 @@ def learning_rate_factor(progress: float, step: int, plan: Plan) -> float:
 
 
 def _groups(model: nn.Module, plan: Plan) -> list[dict]:
-    """AdamW groups: the backbone, and the gates with a learning rate of their own; `peak` is what the schedule scales."""
+    """AdamW groups: the backbone, and the gates with a learning rate of their own; `peak` is what the schedule
+    scales."""
     gates = {id(p) for p in gate_parameters(model)}
     groups = []
     for rate, chosen in (
@@ -190,7 +191,8 @@ def _row(step: int, report: StepReport, model, controller, gamma: float, plan: P
 
 
 def _appender(log: Path | None) -> Callable[[dict], None]:
-    """Append one row per call to metrics.jsonl, flushed at once so that it can be watched; nothing where log is None."""
+    """Append one row per call to metrics.jsonl, flushed at once so that it can be watched; nothing where log is
+    None."""
     if log is None:
         return lambda row: None
 

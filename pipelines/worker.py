@@ -1,4 +1,7 @@
-"""What does one DeepSpeed process do with a job? Train (unless that is done), save, evaluate: a plain function of the job."""
+"""What does one DeepSpeed process do with a job?
+
+Train (unless that is done), save, evaluate: a plain function of the job.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ class GateConfig:
 
     policy: ClassVar[str] = "learned"
     rank: int = 64
-    """Width r of the interaction queries and keys; it is cached beside keys and values, so small models want it small."""
+    """Width r of the interaction queries and keys; it is cached beside keys and values, so small models want it
+    small."""
     beta: float = 2.0
     """Initial offset of the gate logits: higher keeps more at the start."""
     propagate_in_depth: bool = False

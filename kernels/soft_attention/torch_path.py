@@ -10,11 +10,12 @@ from torch import Tensor
 from kernels.sigmoid.torch_path import LOG_ZERO, log_alpha_sigmoid
 
 KEEP_GATES_UP_TO = 1024
-"""Tokens up to which the backward pass keeps the solved gates (8 bytes per pair and layer) instead of solving them again:
-a sixth of a training step at n = 256; beyond, memory would grow with n^2."""
+"""Tokens up to which the backward pass keeps the solved gates (8 bytes per pair and layer) instead of solving them
+again: a sixth of a training step at n = 256; beyond, memory would grow with n^2."""
 
 KEEP_WEIGHTS_UP_TO = 1 << 24
-"""Attention weights (batch x heads x n x n) up to which they are kept for the backward pass: 32 MB a layer in float32."""
+"""Attention weights (batch x heads x n x n) up to which they are kept for the backward pass: 32 MB a layer in
+float32."""
 
 DEAD = -90.0
 """exp(-90) is below the smallest normal float32 (1.2e-38): a key this far gone no longer counts, nor do its gates."""
@@ -44,8 +45,7 @@ class _PrunedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale):
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
         q, k, v, iq, ik, offset = (t.to(work) for t in (query, key, value, interaction_query, interaction_key, beta))
-        batch, heads, n, _ = q.shape
-        kv_heads = k.shape[1]
+        k.shape[1]
         output = torch.empty(batch, heads, n, v.shape[-1], dtype=work, device=q.device)
         carry = torch.zeros(batch, n, dtype=work, device=q.device)
         keep_gates, keep_weights = n <= KEEP_GATES_UP_TO, batch * heads * n * n <= KEEP_WEIGHTS_UP_TO
@@ -106,11 +106,11 @@ class _PrunedAttention(torch.autograd.Function):
             # G[k, j] = dLoss/dlog I: all heads share one I.
             d_bias = d_logits.view(batch, heads, rows, stop).sum(1)
             d_bias += d_alive.to(work)[:, None, None] * torch.exp(_strictly_below(bias, start))
-            later = suffix[:, None, :stop]
-            # Reverse running sum over the block's queries: everything from this query on depends on this gate.
-            total = d_bias.sum(1, keepdim=True)
-            d_x = slope * (later + total - d_bias.cumsum(1) + d_bias)
-            suffix[:, :stop] += total[:, 0]
+            # Reverse running sum over the block's queries: everything from this query on depends on this gate. Not the
+            # total less a running sum: what that leaves of rounding is multiplied by 1/gate where a gate is almost 0.
+            wanted = suffix[:, None, :stop] + d_bias.flip(1).cumsum(1).flip(1)
+            d_x = slope * wanted
+            suffix[:, :stop] = wanted[:, 0]
             d_iq[:, start:stop] = (d_x @ ik[:, :stop]) * gate_scale
             d_ik[:, :stop] += (d_x.transpose(1, 2) @ iq[:, start:stop]) * gate_scale
             d_beta += d_x.sum()

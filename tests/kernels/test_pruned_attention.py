@@ -24,7 +24,12 @@ def inputs(heads=4, kv_heads=2, n=33, batch=2, dtype=torch.float64, beta=1.5, se
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     gates = [normal(batch, n, RANK), normal(batch, n, RANK), torch.tensor(beta, dtype=dtype)]
-    return [normal(batch, heads, n, WIDTH), normal(batch, kv_heads, n, WIDTH), normal(batch, kv_heads, n, WIDTH), *gates]
+    return [
+        normal(batch, heads, n, WIDTH),
+        normal(batch, kv_heads, n, WIDTH),
+        normal(batch, kv_heads, n, WIDTH),
+        *gates,
+    ]
 
 
 def documents(n: int, batch: int = 2, sinks: int = 2, recent: int = 3) -> dict[str, Tensor]:
@@ -68,7 +73,9 @@ def test_gradients_by_finite_differences(alpha, monkeypatch):
     monkeypatch.setattr(torch_path, "BLOCK", 2)
     tensors = [tensor.requires_grad_() for tensor in inputs(2, 1, 5, 1, beta=0.4)]
     plan = documents(5, 1, sinks=1, recent=0)
-    assert torch.autograd.gradcheck(lambda *t: kernels.pruned_attention(*t, alpha, **plan), tensors, eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda *t: kernels.pruned_attention(*t, alpha, **plan), tensors, eps=1e-7, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 8.0])
@@ -175,6 +182,16 @@ def test_float32_errs_at_most_twice_as_much_as_the_eager_form(alpha, monkeypatch
         scale = 1e-6 * max(1.0, wanted.abs().max().item())
         allowed = 2 * (plain[name] - wanted).abs().max().item() + scale
         assert (fast[name] - wanted).abs().max().item() <= allowed, name
+
+
+@pytest.mark.parametrize("margin", [1e-2, 1e-4, 1e-6])
+def test_a_gate_close_to_zero_does_not_magnify_rounding(margin):
+    """Query 50 all but drops every key (alpha = 2: its gates are margin / 2); dLoss/dx divides by the gate there."""
+    tensors = inputs(4, 2, 100, dtype=torch.float32, beta=1.0)
+    tensors[3], tensors[4] = torch.zeros(2, 100, RANK), torch.zeros(2, 100, RANK)
+    tensors[3][:, 50, 0], tensors[4][..., 0] = 1.0, -2 * (2 - margin)
+    exact, fast = run(tensors, 2.0, "reference"), run(tensors, 2.0)
+    assert_same(fast, exact, 1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.1, 8.0])

@@ -1,0 +1,144 @@
+"""Is a sparsity target met: by the controller while training, by thresholds after it, by fixed patterns from the start?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import ctxprune
+from ctxprune import UserError
+from ctxprune.batches import Batch
+from ctxprune.budget import SparsityController, calibrate, measure, strided_for, window_for
+from ctxprune.retrofitting import wrappers
+from ctxprune.visibility import layout
+from tests.models import LAYERS, gated, small_model, tokens
+
+N = 64
+
+
+def batches(count: int = 2, rows: int = 2) -> list[Batch]:
+    """Rows of two documents each."""
+    position = torch.cat([torch.arange(24), torch.arange(40)]).expand(rows, -1)
+    return [Batch(tokens(rows, N, seed), position) for seed in range(count)]
+
+
+def betas(model) -> list[float]:
+    return [wrapper.rule.gate.beta.item() for wrapper in wrappers(model)]
+
+
+def pairs_kept(model, batch: Batch) -> tuple[int, int]:
+    """(kept, all) pairs by looking at every one."""
+    taken = ctxprune.drop_times(model, batch.input_ids, position_ids=batch.position_ids)
+    row = torch.arange(N)[:, None]
+    before = torch.arange(N) < row
+    inside = before & (row < taken.document_end[:, None, :])
+    return int((inside & (row < taken.drop_time[:, :, None, :])).sum()), int(inside.sum()) * LAYERS
+
+
+def test_measured_sparsity_is_dropped_pairs_over_all_pairs():
+    model = gated()
+    kept, pairs = zip(*(pairs_kept(model, batch) for batch in batches()), strict=True)
+    assert measure(model, batches()) == pytest.approx(1 - sum(kept) / sum(pairs))
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.9])
+def test_calibration_reaches_the_target_by_one_common_shift(target):
+    model, text = gated(), batches(3, 4)
+    before = betas(model)
+    shift = calibrate(model, text, target)
+    assert measure(model, text) == pytest.approx(target, abs=2e-3)
+    assert [after - beta for after, beta in zip(betas(model), before, strict=True)] == [pytest.approx(shift)] * LAYERS
+
+
+def test_a_higher_target_means_a_lower_threshold():
+    shifts = [calibrate(gated(), batches(), target) for target in (0.2, 0.4, 0.6, 0.8)]
+    assert shifts == sorted(shifts, reverse=True) and len(set(shifts)) == 4
+
+
+def test_the_threshold_left_behind_is_the_one_returned_when_no_bisection_step_hits():
+    """Few pairs: no shift comes within the tolerance, the closest bracket is taken."""
+    model = gated()
+    text = [Batch(tokens(1, 6), torch.arange(6)[None])]
+    before = betas(model)
+    shift = calibrate(model, text, 0.31)
+    assert betas(model)[0] - before[0] == pytest.approx(shift, abs=1e-6)
+
+
+def test_a_target_that_protected_tokens_make_impossible_is_refused_and_the_gates_restored():
+    model = gated(recent=N)
+    before = betas(model)
+    with pytest.raises(UserError, match="no threshold drops 50%"):
+        calibrate(model, batches(), 0.5)
+    assert betas(model) == before
+
+
+def test_the_controller_presses_below_the_goal_and_eases_above_it():
+    below, above = SparsityController(0.8), SparsityController(0.8)
+    below.update(0.1, 0.0, 1)
+    above.update(0.1, 0.0, 1)
+    gamma = below.gamma
+    pressed, eased = below.update(0.1, 1.0, 1), above.update(1.0, 0.0, 1)
+    assert pressed > below.gamma > gamma > above.gamma > eased
+
+
+def test_the_goal_rises_from_the_start_to_the_target():
+    controller = SparsityController(0.8, ramp=0.5)
+    controller.update(0.2, 0.0, 1)
+    goals = [controller.goal(i / 20) for i in range(21)]
+    assert goals[0] == pytest.approx(0.2) and goals[10:] == [pytest.approx(0.8)] * 11
+    assert goals == sorted(goals)
+    assert controller.goal(0.25) == pytest.approx(0.2 + 0.6 * math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9])
+@pytest.mark.parametrize("easy", [0.3, 3.0])
+def test_the_controller_settles_on_the_target_whatever_the_gain_of_the_model(target, easy):
+    """A plant whose sparsity drifts towards 1 - 1/(1 + easy * gamma), a twentieth of the way per step."""
+    controller, sparsity, gamma, late = SparsityController(target), 0.05, 0.1, []
+    for step in range(600):
+        sparsity += 0.05 * (1 - 1 / (1 + easy * gamma) - sparsity)
+        if step % 5 == 0:
+            gamma = controller.update(sparsity, step / 600, 5)
+        if step > 520:
+            late.append(sparsity)
+    assert max(abs(value - target) for value in late) < 0.03
+
+
+def test_gamma_stays_within_bounds():
+    controller = SparsityController(0.9)
+    for _ in range(500):
+        controller.update(0.0, 1.0, 50)
+    assert controller.gamma == 100.0
+    for _ in range(500):
+        controller.update(1.0, 1.0, 50)
+    assert controller.gamma == 1e-3
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("solver", [window_for, strided_for])
+def test_fixed_patterns_realise_the_target_on_packed_documents(solver, target, sinks, recent):
+    text = batches(1)
+    plan = layout(2, N, text[0].position_ids, None, torch.device("cpu"))
+    config = solver(target, plan.position, plan.end, LAYERS, sinks, recent)
+    assert (config.sinks, config.recent) == (sinks, recent)
+    model = ctxprune.retrofit(small_model(), config)
+    # One key more or less per query in one layer of three is the finest step a fixed pattern has.
+    assert measure(model, text) == pytest.approx(target, abs=2 / N)
+
+
+def test_a_window_mixes_at_most_two_neighbouring_widths():
+    plan = layout(1, N, None, None, torch.device("cpu"))
+    for target in (0.1, 0.37, 0.62, 0.95):
+        widths = window_for(target, plan.position, plan.end, LAYERS, 0, 0).widths
+        assert len(widths) == LAYERS and max(widths) - min(widths) <= 1
+
+
+def test_a_strided_pattern_beyond_the_published_one_thins_its_lasting_tokens():
+    plan = layout(1, N, None, None, torch.device("cpu"))
+    assert set(strided_for(0.5, plan.position, plan.end, LAYERS, 0, 0).every) == {1}
+    assert set(strided_for(0.9, plan.position, plan.end, LAYERS, 0, 0).every) != {1}
+    with pytest.raises(UserError, match="no strided pattern"):
+        strided_for(0.999, plan.position, plan.end, LAYERS, 8, 8)

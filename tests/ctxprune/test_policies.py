@@ -1,0 +1,124 @@
+"""Does each rule drop what it says, and nothing it must not?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import ctxprune
+from ctxprune import DenseConfig, GateConfig, StridedConfig, UserError, WindowConfig
+from ctxprune.policies import POLICIES, from_dict, to_dict
+from ctxprune.retrofitting import wrappers
+from tests.models import LAYERS, disagreement, gated, small_model, tokens
+
+EXAMPLES = [
+    DenseConfig(),
+    GateConfig(rank=4, beta=1.5, sinks=1, recent=2),
+    WindowConfig((5, 6, 7), sinks=2),
+    StridedConfig((4, 4, 5), (1, 2, 1), recent=1),
+]
+
+
+def dropped(config, n: int = 10, **inputs) -> torch.Tensor:
+    """Drop times of a small model under the policy: (layers, n)."""
+    model = ctxprune.retrofit(small_model(), config)
+    return ctxprune.drop_times(model, tokens(1, n), **inputs).drop_time[:, 0].clamp(max=n)
+
+
+def test_a_window_of_three_is_seen_by_three_queries():
+    times = dropped(WindowConfig((1, 3, 20)), 6)
+    assert times.tolist() == [[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 6, 6], [6] * 6]
+
+
+def test_a_window_starts_anew_with_each_packed_document():
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    times = dropped(WindowConfig((3,) * LAYERS), 7, position_ids=position)
+    assert times[0].tolist() == [3, 4, 4, 4, 7, 7, 7]
+
+
+def test_a_strided_pattern_keeps_its_block_and_the_last_token_of_every_earlier_one():
+    times = dropped(StridedConfig((3, 4, 3), (1, 1, 2)), 10)
+    assert times[0].tolist() == [3, 3, 10, 6, 6, 10, 9, 9, 10, 10]
+    assert times[1].tolist() == [4, 4, 4, 10, 8, 8, 8, 10, 10, 10]
+    assert times[2].tolist() == [3, 3, 3, 6, 6, 10, 9, 9, 9, 10]
+
+
+def test_dense_drops_nothing():
+    assert dropped(DenseConfig(), 10).unique().tolist() == [10]
+
+
+def test_the_most_closed_gates_leave_sinks_and_recent_tokens():
+    model = gated(beta=-1e4, sinks=2, recent=3)
+    times = ctxprune.drop_times(model, tokens(2, 10)).drop_time.clamp(max=10)
+    assert times.unique(dim=0).tolist() == [[[10, 10, 6, 7, 8, 9, 10, 10, 10, 10]] * 2]
+
+
+@pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.policy)
+def test_decoding_step_by_step_keeps_the_same_tokens(config):
+    model = ctxprune.retrofit(small_model(), config).double()
+    for chunks in ([6] + [1] * 18, [5, 7, 1, 11]):
+        wrong, worst = disagreement(model, tokens(2, 24), chunks)
+        assert wrong == 0 and worst < 1e-10
+
+
+@pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.policy)
+def test_protected_tokens_outlive_every_rule(config):
+    protected = type(config)(**{**to_dict_fields(config), "sinks": 2, "recent": 3})
+    model = ctxprune.retrofit(small_model(), protected)
+    for wrapper in wrappers(model):
+        if wrapper.rule.gate is not None:
+            wrapper.rule.gate.beta.data.fill_(-1e4)
+    times = ctxprune.drop_times(model, tokens(1, 12)).drop_time[:, 0]
+    column = torch.arange(12)
+    assert (times[:, :2] >= 12).all() and (times >= torch.minimum(column + 4, torch.tensor(12))).all()
+
+
+def to_dict_fields(config) -> dict:
+    values = to_dict(config)
+    del values["policy"]
+    return values
+
+
+@pytest.mark.parametrize("config", EXAMPLES, ids=lambda config: config.policy)
+def test_a_policy_survives_json(config):
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_policy_has_an_example_here():
+    assert {config.policy for config in EXAMPLES} == set(POLICIES)
+
+
+def test_unknown_policies_and_settings_are_refused_by_name():
+    with pytest.raises(UserError, match=r"unknown policy 'magic'.*learned"):
+        from_dict({"policy": "magic"})
+    with pytest.raises(UserError, match=r"window has no setting 'width'.*widths"):
+        from_dict({"policy": "window", "width": 3})
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: WindowConfig(()), "window widths"),
+        (lambda: WindowConfig((0,)), "window widths"),
+        (lambda: StridedConfig((4,), (1, 1)), "equally long"),
+        (lambda: StridedConfig((0,), (1,)), "equally long"),
+        (lambda: ctxprune.retrofit(small_model(), WindowConfig((4, 4))), "one per layer"),
+        (lambda: ctxprune.retrofit(small_model(), StridedConfig((4, 4), (1, 1))), "one per layer"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(make, named):
+    with pytest.raises(UserError, match=named) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_policy_leaves_the_model_as_it_was():
+    model, ids = small_model(), tokens(1, 9)
+    with torch.no_grad():
+        before = model(ids).logits
+        with pytest.raises(UserError):
+            ctxprune.retrofit(model, WindowConfig((4, 4)))
+        assert not wrappers(model)
+        assert torch.equal(model(ids).logits, before)

@@ -1,0 +1,77 @@
+"""The README is run: its Python block on a small model, its commands as far as they go without hours of training."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pipelines import compose, grid
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every ./launch.sh line, without its comment, as words."""
+    return [
+        shlex.split(line, comments=True)[1:]
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("./launch.sh")
+    ]
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_five_lines_of_python_run(tmp_path, monkeypatch, model_folder):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    names = {"prompt_ids": torch.arange(1, 9)}
+    exec(code.replace("FOLDER_OR_HUB_ID", str(model_folder)).replace("=100", "=5"), names)
+    assert len(names["written"].tokens[0]) == 5 and (tmp_path / "pruned" / "pruning.json").is_file()
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_understood(tmp_path, monkeypatch, model_folder, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo" / "TRIAL").mkdir(parents=True)
+    (tmp_path / "YOUR_TEXT").write_text("some text\n")
+    words = [word.replace("FOLDER_OR_HUB_ID", str(model_folder)) for word in words] or ["sweep", "experiment=demo"]
+    if words[0] == "test":
+        return
+    config = compose.compose(words[0], words[1:])
+    if words[0] == "sweep":
+        assert len(grid.expand(config, words[1:])) >= 6
+
+
+def test_every_file_the_tree_names_exists():
+    (tree,) = [block for block in blocks("") if "launch.sh" in block]
+    folder = ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        path = ROOT / (name if not line.startswith(" ") else folder + name)
+        assert path.exists(), f"README names {path.relative_to(ROOT)}"
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), f"README links to {target}"
