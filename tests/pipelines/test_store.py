@@ -59,7 +59,7 @@ def test_a_changed_byte_is_found_and_named(tmp_path):
     made = store.ensure(tmp_path, "step", {"a": 1}, write("whole"))
     store.check(made)
     (made / "out.txt").write_text("whole"[::-1])
-    with pytest.raises(UserError, match="out.txt"):
+    with pytest.raises(UserError, match=r"out\.txt"):
         store.check(made)
 
 
