@@ -45,7 +45,7 @@ class _PrunedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale):
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
         q, k, v, iq, ik, offset = (t.to(work) for t in (query, key, value, interaction_query, interaction_key, beta))
-        k.shape[1]
+        batch, heads, n, _ = q.shape
         output = torch.empty(batch, heads, n, v.shape[-1], dtype=work, device=q.device)
         carry = torch.zeros(batch, n, dtype=work, device=q.device)
         keep_gates, keep_weights = n <= KEEP_GATES_UP_TO, batch * heads * n * n <= KEEP_WEIGHTS_UP_TO
