@@ -27,15 +27,15 @@ TOLERANCE = 2e-4
 class SparsityController:
     """Multiplicative integral control of the sparsity weight gamma, with a proportional kick.
 
-    The realised (step function) sparsity is asked to follow a goal that rises to the target, so that the model gives up
-    context a little at a time. A fixed gamma cannot promise a target: where it ends depends on the start of beta, the
-    speed of alpha and the length of training as much as on gamma.
+    The measured sparsity is asked to follow a goal that moves from where it started to the target and stays there while
+    the gates sharpen: under the soft gates near alpha = 1 a high sparsity costs little. A fixed gamma cannot promise a
+    target: where it ends depends on the start of beta, the speed of alpha and the length of training as much as on it.
     """
 
     target: float
     """Share of the context dropped at the end, in (0, 1)."""
-    ramp: float = 0.6
-    """Share of the training over which the goal rises."""
+    ramp: float = 0.15
+    """Share of the training over which the goal moves."""
     gamma: float = 0.1
     """Sparsity weight now."""
     integral: float = 0.25
@@ -78,7 +78,11 @@ def calibrate(model, batches: list, target: float) -> float:
             gate.beta.copy_(beta + shift)
         return measure(model, batches)
 
-    low, high = _bracket(sparsity, target)
+    try:
+        low, high = _bracket(sparsity, target)
+    except UserError:
+        sparsity(0.0)  # leaves the thresholds as they were
+        raise
     for _ in range(40):
         middle = 0.5 * (low + high)
         realised = sparsity(middle)
@@ -115,7 +119,8 @@ def window_for(
     """The window whose realised sparsity on these documents is `target`: one width or two neighbouring ones over the
     layers.
 
-    position, end: documents of a sample of training text, as in ctxprune.visibility.Layout.
+    position, end: documents of a sample of training text, as in ctxprune.visibility.Layout. Raises UserError when the
+    protected tokens alone exceed the budget.
     """
 
     def kept(width: int) -> float:
@@ -123,6 +128,8 @@ def window_for(
 
     wanted = (1.0 - target) * visible_pairs(end).sum().item()
     low, high = 1, position.shape[1]
+    if kept(low) > wanted:
+        raise UserError(f"no window drops {target:.0%} of the context: protect fewer tokens or choose a lower sparsity")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if kept(middle) <= wanted else (low, middle)

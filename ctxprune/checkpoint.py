@@ -69,12 +69,13 @@ def load(
     verify(folder)
     config = AutoConfig.from_pretrained(folder)
     weights = load_file(folder / WEIGHTS)
-    model = AutoModelForCausalLM.from_config(config)
+    # Built in the precision of the weights, whatever the config says: casting the whole model afterwards would round
+    # the float32 tables (rotary frequencies) that a model keeps beside its weights.
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or next(iter(weights.values())).dtype)
     retrofit(model, policies.from_dict(pruning["pruning"]))
     state_of(model).alpha = pruning["alpha"]
     _put(model, weights, folder)
-    stored = next(iter(weights.values())).dtype
-    return model.to(dtype=dtype or stored, device=device).eval()
+    return model.to(device=device).eval()
 
 
 def read_pruning(folder: Path) -> dict:
@@ -86,8 +87,8 @@ def read_pruning(folder: Path) -> dict:
         raise UserError(f"{folder} has no {missing}: give a folder written by ctxprune.save or a trial")
     try:
         pruning = json.loads((folder / PRUNING).read_text())
-        version = pruning["format"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        version = int(pruning["format"])
+    except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError is a ValueError
         raise UserError(f"{folder / PRUNING} cannot be read ({type(error).__name__}): the folder is damaged") from error
     if version > FORMAT:
         raise UserError(f"{folder} has format {version}, newer than {FORMAT}: update ctxprune")

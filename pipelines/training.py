@@ -24,7 +24,9 @@ from pipelines import engine as engines
 from pipelines.config import Config, PruningConfig, TrainConfig
 
 MEASURE_EVERY = 4
-"""Steps between two measurements of the hard sparsity: one costs about a tenth of a step."""
+"""Steps between two measurements of the sparsity: one costs about a tenth of a step."""
+SHARP_ALPHA = 4.0
+"""From here on soft and hard sparsity differ by less than half a point, and the controller watches the hard one."""
 
 
 @dataclass
@@ -41,12 +43,15 @@ class Plan:
 
 @dataclass
 class StepReport:
-    """What one step did. loss: nats per token of this rank's rows; kept_share: mean soft survival; sparsity: of the
-    step function over all ranks, where it was measured."""
+    """What one step did.
+
+    loss: nats per token of this rank's rows; sparsity, sparsity_soft: under the step function and under the soft gates,
+    over the rows of all ranks, where they were measured.
+    """
 
     loss: float
-    kept_share: float | None = None
     sparsity: float | None = None
+    sparsity_soft: float | None = None
 
 
 def base_plan(config: Config) -> Plan:
@@ -87,7 +92,10 @@ def run(
         measuring = plan.gated and (step % MEASURE_EVERY == 0 or step + 1 == plan.steps)
         report = train_step(wrapped, model, teacher, batch, gamma, plan, measuring, step)
         if controller and report.sparsity is not None:
-            gamma = controller.update(report.sparsity, progress, MEASURE_EVERY)
+            # Near alpha = 1 the step function drops nothing yet while the soft gates already decay: watching it then
+            # drives gamma up, and the sparsity overshoots once the gates sharpen.
+            sharp = state_of(model).alpha >= SHARP_ALPHA
+            gamma = controller.update(report.sparsity if sharp else report.sparsity_soft, progress, MEASURE_EVERY)
         if step % plan.train.log_every == 0 or step + 1 == plan.steps:
             rows(_row(step, report, model, controller, gamma, plan, time.monotonic() - start))
     return engines.full_weights(wrapped, config.engine.zero)
@@ -104,7 +112,7 @@ def train_step(
     wanted = targets(batch)
     logits = wrapped(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     prediction = objective.next_token_loss(logits, wanted)
-    loss, kept = prediction, None
+    loss = prediction
     if plan.gated:
         kept = objective.kept_share(model)
         loss = loss + gamma * kept
@@ -115,11 +123,11 @@ def train_step(
     _refuse_non_finite(loss, step)
     wrapped.backward(loss)
     wrapped.step()
-    sparsity = None
-    if measuring:
-        sparsity = _hard_sparsity(state)
-        state.record = None
-    return StepReport(prediction.item(), None if kept is None else kept.item(), sparsity)
+    if not measuring:
+        return StepReport(prediction.item())
+    hard, soft = _sparsity(state, kept.detach())
+    state.record = None
+    return StepReport(prediction.item(), hard, soft)
 
 
 def learning_rate_factor(progress: float, step: int, plan: Plan) -> float:
@@ -149,17 +157,16 @@ def _set_learning_rates(optimizer, factor: float) -> None:
         group["lr"] = group["peak"] * factor
 
 
-def _hard_sparsity(state) -> float:
-    """Step-function sparsity of the step just taken, over the rows of all ranks."""
+def _sparsity(state, kept_share: torch.Tensor) -> tuple[float, float]:
+    """Sparsity of the step just taken, (step function, soft gates), over the rows of all ranks."""
     drop_time = torch.stack(state.record)
     if state.propagate_in_depth:
         drop_time = drop_time.cummin(0).values
-    taken = DropTimes(drop_time, state.plan.end)
-    counts = torch.stack(
-        [taken.kept_pairs().double().sum() / len(drop_time), visible_pairs(state.plan.end).sum().double()]
-    )
+    taken, pairs = DropTimes(drop_time, state.plan.end), visible_pairs(state.plan.end).sum().double()
+    counts = torch.stack([taken.kept_pairs().double().sum() / len(drop_time), kept_share.double() * pairs, pairs])
     dist.all_reduce(counts)
-    return float(1.0 - counts[0] / counts[1].clamp(min=1))
+    hard, soft = (1.0 - counts[:2] / counts[2].clamp(min=1)).tolist()
+    return hard, soft
 
 
 def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
@@ -183,7 +190,7 @@ def _row(step: int, report: StepReport, model, controller, gamma: float, plan: P
         row |= {
             "alpha": state_of(model).alpha,
             "gamma": gamma,
-            "sparsity_soft": None if report.kept_share is None else 1.0 - report.kept_share,
+            "sparsity_soft": report.sparsity_soft,
             "sparsity": report.sparsity,
             "sparsity_goal": controller.goal(step / plan.steps) if controller else None,
         }
