@@ -110,8 +110,8 @@ class PrunedAttention(nn.Module):
         if not self.state.propagate_in_depth:
             return drop_time
         if self.layer_idx > 0:
-            drop_time = torch.minimum(drop_time, self.state.inherited)
-        self.state.inherited = drop_time
+            drop_time = torch.minimum(drop_time, self.state.inherited[self.layer_idx - 1])
+        self.state.inherited[self.layer_idx] = drop_time
         return drop_time
 
 
@@ -158,8 +158,8 @@ def _soft_in_depth(module, query, key, value, call: Soft, scaling) -> tuple[Tens
     gates = (call.interaction_query, call.interaction_key, call.beta, call.alpha)
     log_alive = kernels.log_survival(*gates, guard=call.guard, end=call.end)
     if module.layer_idx > 0:
-        log_alive = log_alive + state.inherited
-    state.inherited = log_alive
+        log_alive = log_alive + state.inherited[module.layer_idx - 1]
+    state.inherited[module.layer_idx] = log_alive
     n = log_alive.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
     bias = log_alive.masked_fill(~causal, -torch.inf)

@@ -30,8 +30,9 @@ class PruningState:
     """Per layer, the mean of I over the visible pairs of the last soft forward pass (with its gradient)."""
     plan: Layout | None = None
     """Documents of the batch in flight, found by the first layer."""
-    inherited: Tensor | None = None
-    """With propagate_in_depth: log I or drop times of the layer above."""
+    inherited: dict[int, Tensor] = field(default_factory=dict)
+    """With propagate_in_depth: log I or drop times of each layer, by its index, for the one below. All are kept, as
+    activation checkpointing runs the layers again from the last to the first."""
 
 
 @dataclass

@@ -66,8 +66,10 @@ def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -
         cache.arrival = Arrival(torch.ones_like(position, dtype=torch.bool), None, position, None, True)
         return Cached(slots)
     seen_old = _visible_slots(slots, wrapper, position, gates)
-    if wrapper.state.propagate_in_depth and wrapper.layer_idx > 0:
-        seen_old &= _alive_above(cache, slots)
+    if wrapper.state.propagate_in_depth:
+        if wrapper.layer_idx > 0:
+            seen_old &= _seen_above(cache, slots)
+        _remember_seen(cache, slots, position, seen_old)
     slots.position = torch.where(seen_old[:, -1], slots.position, EMPTY)
     slots.filled = None
     interaction = gates[1] if gates is not None else None
@@ -82,8 +84,6 @@ def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -
         seen_new = (row >= row.T) & (row < drop_time[:, None, :])
         visible = torch.cat([seen_old, seen_new], dim=2)[:, None]
     cache.arrival = Arrival(drop_time >= n, interaction, position, life, False)
-    if wrapper.state.propagate_in_depth:
-        _remember_alive(cache, slots, position, drop_time >= n)
     return Cached(slots, visible)
 
 
@@ -113,15 +113,21 @@ def _visible_slots(
     return ~gone & slots.live()[:, None, :]
 
 
-def _alive_above(cache: PrunedCache, slots: Slots) -> Bool[Tensor, "batch 1 slots"]:
-    """propagate_in_depth: which of this layer's keys the layer above still holds after this call."""
-    return cache.alive.gather(1, slots.position.clamp(min=0))[:, None, :]
+def _seen_above(cache: PrunedCache, slots: Slots) -> Bool[Tensor, "batch queries slots"]:
+    """propagate_in_depth: which of this layer's keys each new query still sees in the layer above."""
+    place = slots.position.clamp(min=0)[:, None, :]
+    return cache.alive.gather(2, place.expand(-1, cache.alive.shape[1], -1))
 
 
-def _remember_alive(cache: PrunedCache, slots: Slots, position: Tensor, survives: Tensor) -> None:
-    """For the layer below: True at every position this layer still holds."""
-    alive = torch.zeros(position.shape[0], int(position.max()) + 1, dtype=torch.bool, device=position.device)
-    old = slots.position.clamp(min=0)
-    alive.scatter_reduce_(1, old, slots.live(), "amax", include_self=True)
-    alive.scatter_(1, position, survives)
-    cache.alive = alive
+def _remember_seen(
+    cache: PrunedCache,
+    slots: Slots,
+    position: Int[Tensor, "batch queries"],
+    seen: Bool[Tensor, "batch queries slots"],
+) -> None:
+    """For the layer below: True at every earlier position that each new query sees here."""
+    beyond = int(position.max()) + 1
+    alive = torch.zeros(*seen.shape[:2], beyond + 1, dtype=torch.bool, device=seen.device)
+    # Free slots write to a place of their own, behind all positions.
+    place = torch.where(slots.live(), slots.position, beyond)[:, None, :]
+    cache.alive = alive.scatter(2, place.expand_as(seen), seen)

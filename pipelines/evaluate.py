@@ -60,7 +60,7 @@ def corpus_for(config: Config, folder: Path, bars: Bars) -> Path:
     if wanted is not None and wanted != own:
         raise UserError(f"the tokenizer in {folder} is not the one its model was trained with: restore it")
     with_tokenizer = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
-    return Corpora([Trial("", with_tokenizer, [])]).prepare(with_tokenizer, bars)
+    return Corpora([Trial("", with_tokenizer, [])], bars).folder(with_tokenizer)
 
 
 def _text(record: dict) -> str:

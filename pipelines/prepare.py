@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ctxprune import corpus, tokenizer
 from ctxprune.errors import UserError
@@ -12,35 +16,56 @@ from pipelines.config import Config, DataConfig
 from pipelines.grid import Trial
 from pipelines.progress import Bars
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 FORMAT = 1
 """Raise when the meaning of a prepared corpus changes: old ones are then made anew."""
 
 
+@dataclass
+class Corpus:
+    """A corpus that is on disk already (ids None) or waits to be written."""
+
+    inputs: dict
+    folder: Path
+    ids: tuple[list[np.ndarray], list[np.ndarray]] | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+
+
 class Corpora:
-    """The corpora of a study's trials, each text read and tokenised once, and all mistakes found before any is
-    written."""
+    """The corpora of a study's trials: each text read and tokenised once, every mistake found before any is written.
 
-    def __init__(self, trials: list[Trial]):
-        self.documents: dict[str, list[str]] = {}
-        self.folders: dict[str, Path] = {}
-        for trial in trials:
-            data = trial.config.data
-            self.documents.setdefault(repr(data), _documents(data))
+    Raises UserError if the text is missing, empty, not UTF-8, or one side of it is shorter than a context.
+    """
 
-    def prepare(self, config: Config, bars: Bars) -> Path:
-        """The folder of the tokenised corpus of a trial.
+    def __init__(self, trials: list[Trial], bars: Bars):
+        texts: dict[str, list[str]] = {}
+        self.found: dict[str, Corpus] = {}
+        for config in (trial.config for trial in trials):
+            text = texts.setdefault(repr(config.data), [])
+            text = texts[repr(config.data)] = text or _documents(config.data)
+            if _key(config) not in self.found:
+                self.found[_key(config)] = _tokenised(text, config, bars)
 
-        The tokenizer is the pretrained model's, or trained on the text. Raises UserError if a side is shorter than one
-        context.
-        """
-        source = config.model.path
-        key = repr((config.data, source, config.train.context))
-        if key not in self.folders:
-            self.folders[key] = _tokenised(self.documents[repr(config.data)], config, source, bars)
-        return self.folders[key]
+    def folder(self, config: Config) -> Path:
+        """The tokenised corpus of a trial, written if it is not there yet."""
+        corpus = self.found[_key(config)]
+        if corpus.ids is None:
+            return corpus.folder
+        train, held_out = corpus.ids
+        root = corpus.folder.parent
+        return store.ensure(
+            root, "data", corpus.inputs, lambda staged: write_tokens(staged, train, held_out, corpus.tokenizer)
+        )
 
 
-def _tokenised(documents: list[str], config: Config, source: str | None, bars: Bars) -> Path:
+def _key(config: Config) -> str:
+    return repr((config.data, config.model.path, config.train.context, config.runs))
+
+
+def _tokenised(documents: list[str], config: Config, bars: Bars) -> Corpus:
+    source = config.model.path
     brought = tokenizer.load_tokenizer(source) if source else None
     inputs = {
         "format": FORMAT,
@@ -48,20 +73,18 @@ def _tokenised(documents: list[str], config: Config, source: str | None, bars: B
         "held_out": config.data.held_out,
         "tokenizer": tokenizer.fingerprint(brought) if brought else {"vocab_size": config.data.vocab_size},
     }
-    root = Path(config.runs) / "store"
-    folder = store.folder_of(root, "data", inputs)
+    folder = store.folder_of(Path(config.runs) / "store", "data", inputs)
     if store.finished(folder):
         tokens = read_tokens(folder)
         _refuse_short(len(tokens.train.tokens), len(tokens.held_out.tokens), config)
-        return folder
+        return Corpus(inputs, folder)
     train, held_out = corpus.split_documents(documents, config.data.held_out)
     chosen = brought or tokenizer.train_tokenizer(train, config.data.vocab_size)
     with bars.task("tokenising (documents)", len(train) + len(held_out)) as advance:
         train_ids = tokenizer.encode_documents(chosen, train, lambda done, total: advance(done))
         held_out_ids = tokenizer.encode_documents(chosen, held_out, lambda done, total: advance(len(train) + done))
-    # Before the store is touched: a text too short is a person's mistake, and those leave nothing behind.
     _refuse_short(sum(map(len, train_ids)), sum(map(len, held_out_ids)), config)
-    return store.ensure(root, "data", inputs, lambda staged: write_tokens(staged, train_ids, held_out_ids, chosen))
+    return Corpus(inputs, folder, (train_ids, held_out_ids), chosen)
 
 
 def _refuse_short(train: int, held_out: int, config: Config) -> None:

@@ -32,26 +32,33 @@ def run_study(config: Config, trials: list[Trial]) -> int:
     """Run trials as the sweep config.sweep.name; see the module's question."""
     for trial in {trial.config.model.path: trial for trial in trials}.values():
         check_model(trial.config)
-    folder = Path(config.runs) / config.sweep.name
-    corpora = Corpora(trials)
-    with store.locked(folder), Bars() as bars:
-        here = machine()
-        plan = [steps(trial, corpora.prepare(trial.config, bars), here) for trial in trials]
-        _write_plan(folder, plan)
-        for line in plan_lines(plan):
-            bars.say(line)
-        todo = [one for one in plan if one.missing()]
-        failures: dict[str, str] = {}
-        if any(set(one.missing()) - {"benchmark"} for one in todo):
-            with cluster.connected(config.cluster):
-                _run(_base_jobs(todo), config, folder, bars, failures)
-                _run(_trial_jobs(todo, failures, folder), config, folder, bars, failures)
-        run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], config.cluster, bars)
-        for one in plan:
-            if not one.missing():
-                _finish(one, config, folder, here, bars)
-    report(folder, json_lines=config.format == "json", out=output.stdout())
+    with Bars() as bars:
+        corpora = Corpora(trials, bars)
+        # Up to here a person's mistake has left no trace; from here on the study owns its folder.
+        with store.locked(Path(config.runs) / config.sweep.name):
+            failures = _study(config, trials, corpora, bars)
+    report(Path(config.runs) / config.sweep.name, json_lines=config.format == "json", out=output.stdout())
     return 1 if failures else 0
+
+
+def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars) -> dict[str, str]:
+    """Everything between the checks and the report; the causes of the trials that failed."""
+    folder, here = Path(config.runs) / config.sweep.name, machine()
+    plan = [steps(trial, corpora.folder(trial.config), here) for trial in trials]
+    _write_plan(folder, plan)
+    for line in plan_lines(plan):
+        bars.say(line)
+    todo = [one for one in plan if one.missing()]
+    failures: dict[str, str] = {}
+    if any(set(one.missing()) - {"benchmark"} for one in todo):
+        with cluster.connected(config.cluster):
+            _run(_base_jobs(todo), config, folder, bars, failures)
+            _run(_trial_jobs(todo, failures, folder), config, folder, bars, failures)
+    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], config.cluster, bars)
+    for one in plan:
+        if not one.missing():
+            _finish(one, config, folder, here, bars)
+    return failures
 
 
 def plan_lines(plan: list[Steps]) -> list[str]:
