@@ -38,14 +38,16 @@ class SparsityController:
     """Share of the training over which the goal moves."""
     gamma: float = 0.1
     """Sparsity weight now."""
-    integral: float = 0.25
-    """Relative change of gamma per step and unit of error."""
+    integral: float = 150.0
+    """Relative change of gamma per unit of error that lasts a whole training, however many steps that has."""
     proportional: float = 6.0
     """Instant relative change per unit of error."""
     smoothed: float | None = None
     """Running mean of the measured sparsity."""
     start: float | None = None
     """Sparsity at the first measurement."""
+    last: float = 0.0
+    """Progress at the last measurement."""
 
     def goal(self, progress: float) -> float:
         """Sparsity asked for after a share `progress` of the training: from where it started to the target."""
@@ -53,13 +55,14 @@ class SparsityController:
         start = 0.0 if self.start is None else self.start
         return start + (self.target - start) * math.sin(0.5 * math.pi * rise)
 
-    def update(self, measured: float, progress: float, steps: int) -> float:
-        """Take a measurement of the last `steps` steps and return the gamma to use from now on."""
+    def update(self, measured: float, progress: float) -> float:
+        """Take a measurement after a share `progress` of the training; returns the gamma to use from now on."""
         if self.start is None:
             self.start = measured
         self.smoothed = measured if self.smoothed is None else 0.5 * self.smoothed + 0.5 * measured
         error = self.goal(progress) - self.smoothed
-        self.gamma = min(100.0, max(1e-3, self.gamma * math.exp(self.integral * steps * error)))
+        passed, self.last = progress - self.last, progress
+        self.gamma = min(100.0, max(1e-3, self.gamma * math.exp(self.integral * passed * error)))
         return self.gamma * math.exp(self.proportional * error)
 
 

@@ -95,7 +95,7 @@ def run(
             # Near alpha = 1 the step function drops nothing yet while the soft gates already decay: watching it then
             # drives gamma up, and the sparsity overshoots once the gates sharpen.
             sharp = state_of(model).alpha >= SHARP_ALPHA
-            gamma = controller.update(report.sparsity if sharp else report.sparsity_soft, progress, MEASURE_EVERY)
+            gamma = controller.update(report.sparsity if sharp else report.sparsity_soft, progress)
         if step % plan.train.log_every == 0 or step + 1 == plan.steps:
             rows(_row(step, report, model, controller, gamma, plan, time.monotonic() - start))
     return engines.full_weights(wrapped, config.engine.zero)

@@ -76,16 +76,16 @@ def test_a_target_that_protected_tokens_make_impossible_is_refused_and_the_gates
 
 def test_the_controller_presses_below_the_goal_and_eases_above_it():
     below, above = SparsityController(0.8), SparsityController(0.8)
-    below.update(0.1, 0.0, 1)
-    above.update(0.1, 0.0, 1)
     gamma = below.gamma
-    pressed, eased = below.update(0.1, 1.0, 1), above.update(1.0, 0.0, 1)
+    below.update(0.7, 0.5)
+    above.update(0.9, 0.5)
+    pressed, eased = below.update(0.7, 0.51), above.update(0.9, 0.51)
     assert pressed > below.gamma > gamma > above.gamma > eased
 
 
 def test_the_goal_rises_from_the_start_to_the_target():
     controller = SparsityController(0.8, ramp=0.5)
-    controller.update(0.2, 0.0, 1)
+    controller.update(0.2, 0.0)
     goals = [controller.goal(i / 20) for i in range(21)]
     assert goals[0] == pytest.approx(0.2) and goals[10:] == [pytest.approx(0.8)] * 11
     assert goals == sorted(goals)
@@ -100,20 +100,18 @@ def test_the_controller_settles_on_the_target_whatever_the_gain_of_the_model(tar
     for step in range(600):
         sparsity += 0.05 * (1 - 1 / (1 + easy * gamma) - sparsity)
         if step % 5 == 0:
-            gamma = controller.update(sparsity, step / 600, 5)
+            gamma = controller.update(sparsity, step / 600)
         if step > 520:
             late.append(sparsity)
     assert max(abs(value - target) for value in late) < 0.03
 
 
 def test_gamma_stays_within_bounds():
-    controller = SparsityController(0.9)
-    for _ in range(500):
-        controller.update(0.0, 1.0, 50)
-    assert controller.gamma == 100.0
-    for _ in range(500):
-        controller.update(1.0, 1.0, 50)
-    assert controller.gamma == 1e-3
+    low, high = SparsityController(0.9), SparsityController(0.9)
+    for step in range(500):
+        low.update(1.0, step / 500)
+        high.update(0.0, step / 500)
+    assert high.gamma == 100.0 and low.gamma == 1e-3
 
 
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])

@@ -1,0 +1,96 @@
+"""Is every mistake in a model or a text found before a study writes anything or starts a process?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+
+from ctxprune.tokenizer import train_tokenizer
+from pipelines import __main__, output
+
+TEXT = "".join(f"line {i} of a text that is long enough to learn from, or so one hopes\n" for i in range(2000))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a good model and a good text; fd 1 and the loggers stay as pytest has them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(output, "take_stdout", lambda: None)
+    monkeypatch.setattr(output, "set_up_logging", lambda: None)
+    (tmp_path / "text.txt").write_text(TEXT)
+    save_model(tmp_path / "model", vocab_size=300)
+    return tmp_path
+
+
+def save_model(folder: Path, vocab_size: int, tokens: int = 300, positions: int = 1024) -> None:
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=positions,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer([TEXT], tokens).save_pretrained(folder)
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").unlink()
+
+
+def other_family(folder: Path) -> None:
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+
+
+def too_large_tokenizer(folder: Path) -> None:
+    train_tokenizer([TEXT], 320).save_pretrained(folder / "model")
+
+
+def few_positions(folder: Path) -> None:
+    save_model(folder / "model", 300, positions=64)
+
+
+def not_a_model(folder: Path) -> None:
+    (folder / "model" / "config.json").write_text("{}")
+
+
+def pruned_already(folder: Path) -> None:
+    (folder / "model" / "pruning.json").write_text("{}")
+
+
+def empty_text(folder: Path) -> None:
+    (folder / "text.txt").write_text("")
+
+
+def short_text(folder: Path) -> None:
+    (folder / "text.txt").write_text("too short\n" * 3)
+
+
+def binary_text(folder: Path) -> None:
+    (folder / "text.txt").write_bytes(b"caf\xe9 " * 100)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (no_weights, "has no weights (*.safetensors)"),
+        (other_family, "the family 'bloom' cannot be retrofitted"),
+        (too_large_tokenizer, "the tokenizer in"),
+        (few_positions, "has 64 positions, fewer than train.context=512"),
+        (not_a_model, "no causal language model could be read from"),
+        (pruned_already, "is a pruned model already"),
+        (empty_text, "is empty"),
+        (short_text, "fewer than train.context=512"),
+        (binary_text, "not UTF-8"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_mistake_is_one_line_and_exit_2_and_leaves_nothing(here, capfd, spoil, expected):
+    spoil(here)
+    before = sorted(path.name for path in here.rglob("*"))
+    capfd.readouterr()
+    assert __main__.main(["sweep", "experiment=retrofit", "model.path=model", "data.path=text.txt"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("ctxprune: ") and err.count("\n") == 1, err
+    assert expected in err
+    assert sorted(path.name for path in here.rglob("*")) == before
