@@ -12,13 +12,13 @@ from ctxprune.batches import held_out_batches
 from ctxprune.errors import UserError
 from ctxprune.token_store import read_tokens
 from pipelines import store
-from pipelines.config import BenchmarkConfig, ClusterConfig
+from pipelines.config import BenchmarkConfig
 from pipelines.decoding_speed import compare
 from pipelines.progress import Bars
 from pipelines.study import Steps
 
 
-def run_benchmarks(ready: list[Steps], cluster: ClusterConfig, bars: Bars) -> None:
+def run_benchmarks(ready: list[Steps], bars: Bars) -> None:
     """Benchmark every trained trial that has none yet, one at a time."""
     todo = [one for one in ready if not store.finished(one.benchmark)]
     if not todo:

@@ -5,6 +5,8 @@ Every mistake a person can mend is found before anything is written or any proce
 
 from __future__ import annotations
 
+import netrc
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from ctxprune.errors import UserError
 from ctxprune.policies import GateConfig
 from ctxprune.retrofitting import retrofit
 from ctxprune.tokenizer import load_tokenizer
-from pipelines.config import Config
+from pipelines.config import Config, TrackingConfig
 
 
 def check_model(config: Config) -> None:
@@ -50,6 +52,20 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"the tokenizer in {path} has {entries} entries, its model only {model.config.vocab_size}: "
             "they do not belong together; put the model's own tokenizer there"
+        )
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """UserError if results are to go online without a key: W&B would ask for it in the middle of a study."""
+    if tracking.mode != "online" or os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    if not known:
+        raise UserError(
+            "tracking=online needs a W&B key: set WANDB_API_KEY or run `wandb login`, or use tracking=offline"
         )
 
 

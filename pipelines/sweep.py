@@ -6,7 +6,6 @@ Plan, prepare, base models, trials, benchmarks, report; a second start does what
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 from pipelines import cluster, output, store, tracking
@@ -14,13 +13,11 @@ from pipelines.config import Config, to_record
 from pipelines.decoding_benchmark import run_benchmarks
 from pipelines.grid import Trial, expand
 from pipelines.machine import machine, versions
-from pipelines.preflight import check_model
+from pipelines.preflight import check_model, check_tracking
 from pipelines.prepare import Corpora
 from pipelines.progress import Bars
 from pipelines.report import report
 from pipelines.study import Steps, collect, publish, steps
-
-logger = logging.getLogger("pipelines.sweep")
 
 
 def main(config: Config, overrides: list[str]) -> int:
@@ -30,6 +27,7 @@ def main(config: Config, overrides: list[str]) -> int:
 
 def run_study(config: Config, trials: list[Trial]) -> int:
     """Run trials as the sweep config.sweep.name; see the module's question."""
+    check_tracking(config.tracking)
     for trial in {trial.config.model.path: trial for trial in trials}.values():
         check_model(trial.config)
     with Bars() as bars:
@@ -54,7 +52,7 @@ def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars) ->
         with cluster.connected(config.cluster):
             _run(_base_jobs(todo), config, folder, bars, failures)
             _run(_trial_jobs(todo, failures, folder), config, folder, bars, failures)
-    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], config.cluster, bars)
+    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], bars)
     for one in plan:
         if not one.missing():
             _finish(one, config, folder, here, bars)

@@ -94,3 +94,12 @@ def test_a_mistake_is_one_line_and_exit_2_and_leaves_nothing(here, capfd, spoil,
     assert out == "" and err.startswith("ctxprune: ") and err.count("\n") == 1, err
     assert expected in err
     assert sorted(path.name for path in here.rglob("*")) == before
+
+
+def test_online_tracking_without_a_key_is_refused_before_anything_runs(here, capfd, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(here))
+    words = ["sweep", "experiment=retrofit", "model.path=model", "data.path=text.txt", "tracking=online"]
+    assert __main__.main(words) == 2
+    assert "WANDB_API_KEY" in capfd.readouterr().err
+    assert not (here / "runs").exists()

@@ -1,0 +1,60 @@
+"""Which model does a job train: families from scratch, policies of one budget, folders a person may name?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ctxprune
+from ctxprune.batches import Batch
+from ctxprune.budget import measure
+from ctxprune.errors import UserError
+from ctxprune.token_store import TokenStore, pack
+from pipelines.config import Config, ModelConfig, PruningConfig
+from pipelines.models import calibration, from_scratch, policy_for, trained
+
+SHAPE = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def corpus() -> TokenStore:
+    rng = torch.Generator().manual_seed(0)
+    documents = [torch.randint(1, 64, (n,), generator=rng).numpy() for n in (300, 900, 90, 2000, 700) for _ in range(8)]
+    split = pack(documents, 64)
+    return TokenStore(split, split, 64, "none")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral", "gpt_neox"])
+def test_every_family_can_be_made_from_scratch_and_retrofitted(family):
+    model = from_scratch(ModelConfig(family=family, **SHAPE), 64, 0, 48, seed=1)
+    again = from_scratch(ModelConfig(family=family, **SHAPE), 64, 0, 48, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    ctxprune.retrofit(model, ctxprune.GateConfig(rank=4))
+    assert model(torch.zeros(1, 48, dtype=torch.long), use_cache=False).logits.shape == (1, 48, 64)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("policy", ["window", "strided"])
+def test_fixed_rules_meet_the_budget_on_training_text(corpus, policy, sparsity):
+    config = Config(pruning=PruningConfig(policy=policy, sparsity=sparsity))
+    config.train.context = 128
+    solved = policy_for(config, 4, corpus)
+    model = from_scratch(ModelConfig(**{**SHAPE, "layers": 4}), 64, 0, 128, 0)
+    ctxprune.retrofit(model, solved)
+    batches = [Batch(b.input_ids, b.position_ids) for b in calibration(config, corpus)[:4]]
+    assert measure(model.eval(), batches) == pytest.approx(sparsity, abs=0.01)
+
+
+def test_calibration_windows_are_the_same_for_every_trial(corpus):
+    first, second = Config(), Config(pruning=PruningConfig(policy="window", sparsity=0.5))
+    pairs = zip(calibration(first, corpus), calibration(second, corpus), strict=True)
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in pairs)
+
+
+def test_a_person_may_name_the_trial_the_step_or_the_model(tmp_path):
+    inner = tmp_path / "trial" / "train" / "model"
+    inner.mkdir(parents=True)
+    (inner / "pruning.json").write_text("{}")
+    assert {trained(folder) for folder in (tmp_path / "trial", inner.parent, inner)} == {inner}
+    with pytest.raises(UserError, match=r"no pruning\.json"):
+        trained(tmp_path)
