@@ -212,7 +212,8 @@ def _quoted(value: str) -> str:
 
 def _absolute_paths(config: Config) -> None:
     """Workers may stand in another folder than the person who typed the path."""
-    config.runs = str(Path(config.runs).expanduser().absolute())
+    if config.runs.strip():
+        config.runs = str(Path(config.runs).expanduser().absolute())
     if config.data.path:
         config.data.path = str(Path(config.data.path).expanduser().absolute())
     if config.model.path and (config.model.path.startswith(("/", ".", "~")) or Path(config.model.path).is_dir()):

@@ -28,7 +28,7 @@ def test_every_option_composes(option):
 
 def test_values_and_groups_arrive():
     config = compose("train", ["model=small", "pruning=learned", "pruning.sparsity=0.75", "evaluate.contexts=[16,32]"])
-    assert (config.model.width, config.pruning.policy, config.pruning.sparsity) == (192, "learned", 0.75)
+    assert (config.model.width, config.pruning.policy, config.pruning.sparsity) == (96, "learned", 0.75)
     assert config.evaluate.contexts == [16, 32]
 
 

@@ -101,7 +101,7 @@ def test_no_lines_is_one_trial():
 
 def test_the_retrofit_needs_only_a_model_and_a_text(tmp_path):
     trials = expand("experiment=retrofit", f"model.path={tmp_path}", f"data.path={tmp_path}")
-    assert len(trials) == 10 and {t.config.model.path for t in trials} == {str(tmp_path)}
+    assert len(trials) == 8 and {t.config.model.path for t in trials} == {str(tmp_path)}
 
 
 def test_the_paper_sweeps_gamma_with_its_recipe():
