@@ -141,6 +141,20 @@ def test_the_evaluation_stands_beside_the_model(alone, corpus, base):
     assert store.finished(job.evaluation) and 0 < record["sparsity"] < 1 and record["perplexity"] > 1
 
 
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(alone_in_a_group, value):
+    training._refuse_non_finite(torch.tensor(1.0), 6)
+    with pytest.raises(FloatingPointError, match="step 7 is not finite"):
+        training._refuse_non_finite(torch.tensor(value), 7)
+
+
 def test_the_private_switch_that_keeps_deepspeed_from_compiling_still_exists():
     from deepspeed.ops import __compatible_ops__
 
