@@ -112,14 +112,15 @@ def train_step(
     wanted = targets(batch)
     logits = wrapped(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     prediction = objective.next_token_loss(logits, wanted)
-    loss = prediction
+    token_weight, pair_weight = _weights(wanted, state)
+    loss = token_weight * prediction
     if plan.gated:
         kept = objective.kept_share(model)
-        loss = loss + gamma * kept
+        loss = loss + gamma * pair_weight * kept
     if teacher is not None:
         with torch.no_grad():
             aim = teacher(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        loss = loss + plan.pruning.distillation * objective.distillation_loss(logits, aim, wanted)
+        loss = loss + plan.pruning.distillation * token_weight * objective.distillation_loss(logits, aim, wanted)
     _refuse_non_finite(loss, step)
     wrapped.backward(loss)
     wrapped.step()
@@ -128,6 +129,22 @@ def train_step(
     hard, soft = _sparsity(state, kept.detach())
     state.record = None
     return StepReport(prediction.item(), hard, soft)
+
+
+def _weights(wanted: torch.Tensor, state) -> tuple[float, float]:
+    """What this rank's means over predicted tokens and over visible pairs count for in the mean over all ranks' rows.
+
+    Packed documents leave ranks unequal counts; DeepSpeed averages ranks as if they were equal.
+    """
+    world = dist.get_world_size()
+    if world == 1:
+        return 1.0, 1.0
+    pairs = visible_pairs(state.plan.end).sum() if state is not None else torch.ones((), device=wanted.device)
+    own = torch.stack([(wanted != objective.IGNORED).sum().double(), pairs.double()])
+    total = own.clone()
+    dist.all_reduce(total)
+    tokens, pairs = (own * world / total.clamp(min=1)).tolist()
+    return tokens, pairs
 
 
 def learning_rate_factor(progress: float, step: int, plan: Plan) -> float:
