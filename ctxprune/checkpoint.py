@@ -50,7 +50,7 @@ def save(
             tokenizer.save_pretrained(staged)
         seal(staged)
         os.rename(staged, folder)
-    except BaseException:
+    except BaseException:  # an interruption too must leave nothing half written; it is raised again
         shutil.rmtree(staged, ignore_errors=True)
         raise
     sync(folder.parent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from pathlib import Path
 
 from ctxprune.errors import UserError
@@ -36,9 +35,6 @@ def main(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader of stdout has seen enough, as in `| head`
         return 141
-    except Exception:
-        traceback.print_exc()
-        return 1
 
 
 def _report(config: Config) -> int:

@@ -91,9 +91,10 @@ def run_jobs(
             name, job = running.pop(reference)
             try:
                 ray.get(reference)
-                ended(name, None)
-            except Exception as error:
+            except ray.exceptions.RayError as error:
                 ended(name, _failure(job, error))
+            else:
+                ended(name, None)
 
 
 def _fit(job: dict, cluster: dict) -> None:
@@ -125,7 +126,7 @@ def _loop(settings: dict) -> None:
     job = Job(**json.loads(settings["job"]))
     try:
         work(job)
-    except BaseException as error:
+    except BaseException as error:  # an interruption too leaves its cause behind; it goes on its way below
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         record = {"cause": text, "traceback": traceback.format_exc(), "rank": torch.distributed.get_rank()}
         if not _failure_path(job).exists():

@@ -234,7 +234,7 @@ def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
     """A part that is missing or broken is a finding, never the end of the examination."""
     try:
         return list(check())
-    except Exception as error:
+    except Exception as error:  # a broken package may raise anything while it is imported, and that is what is asked
         needed = name in ("torch", "transformers", "ray", "hydra", "disk", "ports")
         return [
             Finding(name, "no", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", needed)

@@ -43,7 +43,7 @@ def perplexity_vs_sparsity(made: list[dict], ink: Ink = LIGHT) -> Figure:
     drawn = [row for row in made if row in pruned or row in dense]
     models = _distinct("model", drawn)
     figure, axes = panels(max(1, len(models)))
-    for model, axis in zip(models, axes, strict=False):
+    for model, axis in zip(models, axes[: len(models)], strict=True):
         for policy in _distinct("policy", pruned):
             colour, marker = style(policy)
             points = [row for row in pruned if (row["model"], row["policy"]) == (model, policy)]
@@ -88,7 +88,7 @@ def accuracy_vs_throughput(made: list[dict], ink: Ink = LIGHT) -> Figure:
     models = _distinct("model", drawn)
     figure, axes = panels(max(1, len(models)))
     fronts = []
-    for model, axis in zip(models, axes, strict=False):
+    for model, axis in zip(models, axes[: len(models)], strict=True):
         mine = [row for row in drawn if row["model"] == model]
         points = [(row[speed], row["vs_dense"]) for row in mine]
         fronts.append([points[i] for i in pareto_front(points)])
@@ -107,7 +107,7 @@ def accuracy_vs_throughput(made: list[dict], ink: Ink = LIGHT) -> Figure:
     handles = [swatch(text(p), color=style(p)[0], marker=style(p)[1], linewidth=0) for p in _distinct("policy", drawn)]
     finish(figure, axes, speed_title(made), handles + [swatch("Pareto front", color=ink.text, **FRONT)] * bool(drawn))
     figure.draw_without_rendering()  # fixes the layout: names are placed in pixels
-    for model, axis, front in zip(models, axes, fronts, strict=False):
+    for model, axis, front in zip(models, axes[: len(models)], fronts, strict=True):
         mine = [row for row in drawn if row["model"] == model]
         _label(axis, [((row[speed], row["vs_dense"]), _title(row)) for row in mine], front)
     return figure
@@ -134,7 +134,7 @@ def training(made: list[dict], curves: dict[str, list[dict]], ink: Ink = LIGHT) 
     models, targets = _distinct("model", drawn), sorted({row["target"] for row in drawn} - {None})
     dashes = {None: "-"} | {target: DASHES[i % len(DASHES)] for i, target in enumerate(targets)}
     figure, axes = panels(len(models), rows=2)
-    for model, loss_axis, sparsity_axis in zip(models, axes, axes[len(models) :], strict=False):
+    for model, loss_axis, sparsity_axis in zip(models, axes[: len(models)], axes[len(models) :], strict=True):
         for row in (row for row in drawn if row["model"] == model):
             curve = curves[str(row["trial"])]
             look = {"color": style(row["policy"])[0], "linewidth": 1.4, "linestyle": dashes[row["target"]]}

@@ -25,8 +25,7 @@ def mirror(config: Config, sweep: str, folder: Path, result: dict) -> None:
         return
     try:
         _mirror(config, sweep, folder, result)
-    except Exception as error:
-        # The record is ours; a tracker that is down never stops a study.
+    except Exception as error:  # wandb's service raises kinds of its own; the record is ours, and no study ends for it
         logger.warning("W&B: %s was not mirrored (%s: %s)", folder.name, type(error).__name__, error)
 
 
