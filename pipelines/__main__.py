@@ -15,7 +15,10 @@ USAGE = "usage: python -m pipelines VERB [SETTING=VALUE ...], VERB one of " + ",
 
 
 def main(arguments: list[str]) -> int:
-    """Run one verb; 0 is success, 1 our fault or a check that failed, 2 a person's mistake, 130 an interruption."""
+    """Run one verb; 0 is success, 1 a trial or check that failed, 2 a person's mistake, 130 an interruption.
+
+    Our own faults are raised: Python shows the traceback and ends with 1.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
