@@ -19,8 +19,8 @@ from ctxprune import decoding
 from ctxprune.cache import PrunedCache
 from ctxprune.calls import Cached, Hard, PruningState, Soft
 from ctxprune.errors import UserError
-from ctxprune.policies.dense import DenseRule
-from ctxprune.visibility import ends, guards, layout, lifetimes, visible_pairs
+from ctxprune.policies.rule import Rule
+from ctxprune.visibility import ends, layout, lifetimes, visible_pairs
 
 NAME = "ctxprune"
 """The attn_implementation under which transformers finds `attention`."""
@@ -30,10 +30,10 @@ CACHE_KEYWORDS = ("past_key_values", "layer_past", "past_key_value")
 class PrunedAttention(nn.Module):
     """The wrapper around one layer's attention: `inner` is untouched, `rule` says what it may forget."""
 
-    def __init__(self, inner: nn.Module, rule: nn.Module, index: int, state: PruningState):
+    def __init__(self, inner: nn.Module, rule: Rule, index: int, state: PruningState):
         super().__init__()
         self.inner = inner
-        self.rule = rule
+        self.rule: Rule = rule
         self.layer_idx = index
         self.state = state
         self.sliding_window: int | None = None
@@ -41,6 +41,7 @@ class PrunedAttention(nn.Module):
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+        call: Soft | Hard | Cached | None
         if isinstance(cache, PrunedCache):
             call = decoding.decide(cache, self, hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         elif cache is not None and cache.get_seq_length(self.layer_idx) > 0:
@@ -51,40 +52,39 @@ class PrunedAttention(nn.Module):
         else:
             call = self.decide(hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         if isinstance(call, Soft) and self.state.record is not None:
-            self._record_hard(call)
+            self._record_hard(call, self.state.record)
         output, report = self.inner(*args, pruning=call, **kwargs)
         if isinstance(call, Soft):
-            pairs = visible_pairs(self.state.plan.end).sum().clamp(min=1)
+            pairs = visible_pairs(self.state.documents.end).sum().clamp(min=1)
             self.state.survival[self.layer_idx] = report.sum() / pairs
             report = None
         return output, report
 
-    def decide(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Soft | Hard:
-        """What this layer drops in one pass over whole rows."""
+    def decide(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Soft | Hard | None:
+        """What this layer drops in one pass over whole rows; None: nothing."""
         state = self.state
         if self.layer_idx == 0 or state.plan is None:
-            state.plan = layout(*hidden.shape[:2], position_ids, padding, hidden.device)
-        plan = state.plan
-        end = ends(plan, self.lifetime(plan.position))
-        if self.gate is not None and self.mode == "soft":
-            guard = guards(plan.position, state.sinks, state.recent)
-            return Soft(*self.gate(hidden), state.alpha, guard, end, state)
-        drop_time = end
+            state.plan = layout(hidden.shape[:2], position_ids, padding, hidden.device)
+        plan = state.documents
+        drop_time = ends(plan, self.lifetime(plan.position))
         if self.gate is not None:
-            guard = guards(plan.position, state.sinks, state.recent)
-            drop_time = self.inherit(kernels.drop_times(*self.gate(hidden), guard=guard, end=end))
+            query, key, beta = self.gate(hidden)
+            guard = state.guards(plan.position)
+            if self.mode == "soft":
+                return Soft(query, key, beta, state.alpha, guard, drop_time, state)
+            drop_time = self.inherit(kernels.drop_times(query, key, beta, guard=guard, end=drop_time))
         if state.record is not None:
-            state.record.append(drop_time)
-        return Hard(drop_time if (drop_time < hidden.shape[1]).any() else None)
+            state.record[self.layer_idx] = drop_time
+        return Hard(drop_time) if bool((drop_time < hidden.shape[1]).any()) else None
 
     @torch.no_grad()
-    def _record_hard(self, call: Soft) -> None:
+    def _record_hard(self, call: Soft, record: dict[int, Tensor]) -> None:
         """The step function's drop times beside a soft pass: what the sparsity controller watches."""
         gates = (call.interaction_query, call.interaction_key, call.beta)
         taken = kernels.drop_times(*gates, guard=call.guard, end=call.end)
         if self.state.propagate_in_depth and self.layer_idx > 0:
-            taken = torch.minimum(taken, self.state.record[-1])
-        self.state.record.append(taken)
+            taken = torch.minimum(taken, record[self.layer_idx - 1])
+        record[self.layer_idx] = taken
 
     @property
     def mode(self) -> str:
@@ -102,8 +102,8 @@ class PrunedAttention(nn.Module):
         """Queries that see each key by position alone, (batch, n); dense mode bypasses the rule, never the model's own
         sliding window."""
         window = getattr(self.inner, "sliding_window", None) or self.sliding_window
-        rule = DenseRule() if self.mode == "dense" else self.rule
-        return lifetimes(position, rule, self.state.sinks, self.state.recent, window)
+        rule = Rule() if self.mode == "dense" else self.rule
+        return lifetimes(position, rule, self.state.policy.sinks, self.state.policy.recent, window)
 
     def inherit(self, drop_time: Tensor) -> Tensor:
         """With propagate_in_depth, a key gone in the layer above is gone here: the earlier of the two drop times."""
@@ -130,7 +130,7 @@ def attention(
 
     Beside the output it returns, for Soft, the sum of I per row, which the wrapper takes off again.
     """
-    if pruning is None or (isinstance(pruning, Hard) and pruning.drop_time is None):
+    if pruning is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
     if isinstance(pruning, Cached):
         visible = pruning.visible if query.shape[2] > 1 else pruning.slots.visible()

@@ -9,15 +9,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from ctxprune.drop_time import drop_times
+from ctxprune.drop_time import DropTimes, drop_times
 from ctxprune.errors import UserError
+from ctxprune.policies.rule import Rule
 from ctxprune.policies.strided import StridedConfig, StridedRule
-from ctxprune.policies.window import WindowConfig
+from ctxprune.policies.window import WindowConfig, WindowRule
 from ctxprune.retrofitting import wrappers
-from ctxprune.visibility import FOREVER, visible_pairs
+from ctxprune.visibility import Layout, ends, lifetimes, visible_pairs
 
 TOLERANCE = 2e-4
 """Calibration stops this close to the target on its own text."""
@@ -73,7 +72,7 @@ def calibrate(model, batches: list, target: float) -> float:
     batches: objects with input_ids and position_ids, training text. Returns the shift. Sparsity falls as beta rises, so
     bisection finds it; raises UserError if no shift reaches the target.
     """
-    gates = [wrapper.rule.gate for wrapper in wrappers(model)]
+    gates = [wrapper.rule.gate for wrapper in wrappers(model) if wrapper.rule.gate is not None]
     before = [gate.beta.detach().clone() for gate in gates]
 
     def sparsity(shift: float) -> float:
@@ -108,7 +107,7 @@ def _bracket(sparsity, target: float) -> tuple[float, float]:
 @torch.no_grad()
 def measure(model, batches: list) -> float:
     """Step-function sparsity over batches: mean over layers of dropped pairs / visible pairs."""
-    kept, pairs = 0, 0
+    kept, pairs = 0.0, 0.0
     for batch in batches:
         taken = drop_times(model, batch.input_ids, position_ids=batch.position_ids)
         kept += taken.kept_pairs().sum().item() / taken.drop_time.shape[0]
@@ -116,21 +115,18 @@ def measure(model, batches: list) -> float:
     return 1.0 - kept / max(1, pairs)
 
 
-def window_for(
-    target: float, position: Int[Tensor, "batch n"], end: Int[Tensor, "batch n"], layers: int, sinks: int, recent: int
-) -> WindowConfig:
+def window_for(target: float, documents: Layout, layers: int, sinks: int, recent: int) -> WindowConfig:
     """The window whose realised sparsity on these documents is `target`: one width or two neighbouring ones over the
     layers.
 
-    position, end: documents of a sample of training text, as in ctxprune.visibility.Layout. Raises UserError when the
-    protected tokens alone exceed the budget.
+    documents: of a sample of training text. Raises UserError when the protected tokens alone exceed the budget.
     """
 
     def kept(width: int) -> float:
-        return _kept_pairs(position, end, torch.full_like(position, width), sinks, recent)
+        return _kept_pairs(WindowRule(width), documents, sinks, recent)
 
-    wanted = (1.0 - target) * visible_pairs(end).sum().item()
-    low, high = 1, position.shape[1]
+    wanted = (1.0 - target) * visible_pairs(documents.end).sum().item()
+    low, high = 1, documents.position.shape[1]
     if kept(low) > wanted:
         raise UserError(f"no window drops {target:.0%} of the context: protect fewer tokens or choose a lower sparsity")
     while high - low > 1:
@@ -139,21 +135,19 @@ def window_for(
     return WindowConfig(tuple(_mixture(kept, low, high, wanted, layers)), sinks, recent)
 
 
-def strided_for(
-    target: float, position: Int[Tensor, "batch n"], end: Int[Tensor, "batch n"], layers: int, sinks: int, recent: int
-) -> StridedConfig:
+def strided_for(target: float, documents: Layout, layers: int, sinks: int, recent: int) -> StridedConfig:
     """The strided pattern whose realised sparsity on these documents is `target`.
 
     The published pattern (the last token of every block lasts) cannot drop more than about 1 - 2/sqrt(n); beyond, fewer
     blocks leave a lasting token. Of two block lengths with one budget the longer, more local one is taken: it costs
     less perplexity.
     """
-    wanted = (1.0 - target) * visible_pairs(end).sum().item()
-    n = position.shape[1]
+    wanted = (1.0 - target) * visible_pairs(documents.end).sum().item()
+    n = documents.position.shape[1]
     for every in range(1, n + 1):
 
         def kept(block: int, every: int = every) -> float:
-            return _kept_pairs(position, end, StridedRule(block, every).lifetime(position), sinks, recent)
+            return _kept_pairs(StridedRule(block, every), documents, sinks, recent)
 
         counts = {block: kept(block) for block in range(1, n + 1)}
         below = max((block for block in counts if counts[block] <= wanted), default=None)
@@ -171,8 +165,7 @@ def _mixture(kept, low: int, high: int, wanted: float, layers: int) -> list[int]
     return [high] * count + [low] * (layers - count)
 
 
-def _kept_pairs(position, end, life, sinks: int, recent: int) -> float:
-    """Pairs (query, earlier key) kept by lifetimes alone, per layer."""
-    life = torch.where(position < sinks, FOREVER, life.clamp(min=recent + 1))
-    column = torch.arange(position.shape[1], device=position.device)
-    return float((torch.minimum(end.clamp(max=position.shape[1]) - column, life) - 1).sum())
+def _kept_pairs(rule: Rule, documents: Layout, sinks: int, recent: int) -> float:
+    """Pairs (query, earlier key) that one layer keeps under a rule without a gate."""
+    drop_time = ends(documents, lifetimes(documents.position, rule, sinks, recent, None))
+    return float(DropTimes(drop_time[None], documents.end).kept_pairs().sum())

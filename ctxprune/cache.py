@@ -8,6 +8,7 @@ beside the slots. Keys are stored as the model rotated them, so RoPE stays right
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,10 +44,15 @@ class Slots:
         """What one query may read, for SDPA; None: all that `update` returned."""
         return None if self.filled is not None else self.live()[:, None, None, :]
 
-    def tensors(self) -> dict[str, tuple[Tensor, int]]:
-        """Every buffer with its slot axis."""
-        named = {"keys": 2, "values": 2, "interaction": 1, "position": 1, "life": 1}
-        return {name: (getattr(self, name), axis) for name, axis in named.items() if getattr(self, name) is not None}
+    def each(self, change: Callable[[str, Tensor, int], Tensor]) -> Slots:
+        """New slots, every buffer changed by change(name, buffer, its slot axis)."""
+        return Slots(
+            keys=change("keys", self.keys, 2),
+            values=change("values", self.values, 2),
+            interaction=None if self.interaction is None else change("interaction", self.interaction, 1),
+            position=change("position", self.position, 1),
+            life=None if self.life is None else change("life", self.life, 1),
+        )
 
 
 @dataclass
@@ -98,6 +104,7 @@ class PrunedCache(Cache):
         """Store the survivors among the new keys and values, (batch, kv_heads, queries, width); returns what the
         attention of this call reads: all new ones at the first pass, old slots and new ones later."""
         arrival, self.arrival = self.arrival, None
+        assert arrival is not None, "the wrapper decides before its layer's keys and values arrive"
         if layer_idx == len(self.slots):
             self.slots.append(_gather_survivors(key_states, value_states, arrival))
             return key_states, value_states
@@ -120,8 +127,8 @@ class PrunedCache(Cache):
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows of the batch; the others' memory is freed."""
         for index, slots in enumerate(self.slots):
-            kept = {name: tensor.index_select(0, rows) for name, (tensor, _) in slots.tensors().items()}
-            chosen = Slots(**{"interaction": None, "life": None, **kept}, filled=slots.filled)
+            chosen = slots.each(lambda name, buffer, axis: buffer.index_select(0, rows))
+            chosen.filled = slots.filled
             self.slots[index] = chosen if slots.filled is not None else compact(chosen)
 
     def live_tokens(self) -> Int[Tensor, "layers batch"]:
@@ -154,11 +161,12 @@ def _gather_survivors(keys: Tensor, values: Tensor, arrival: Arrival) -> Slots:
 
 def _reordered(slots: Slots, order: Int[Tensor, "batch kept"]) -> Slots:
     """The slots named by `order`, row by row."""
-    picked = {}
-    for name, (tensor, axis) in slots.tensors().items():
-        index = order.reshape(order.shape[0], *([1] * (axis - 1)), -1, *([1] * (tensor.ndim - axis - 1)))
-        picked[name] = torch.take_along_dim(tensor, index, dim=axis)
-    return Slots(**{"interaction": None, "life": None, **picked})
+
+    def picked(name: str, buffer: Tensor, axis: int) -> Tensor:
+        index = order.reshape(order.shape[0], *([1] * (axis - 1)), -1, *([1] * (buffer.ndim - axis - 1)))
+        return torch.take_along_dim(buffer, index, dim=axis)
+
+    return slots.each(picked)
 
 
 def compact(slots: Slots) -> Slots:
@@ -169,15 +177,13 @@ def compact(slots: Slots) -> Slots:
 
 
 def _joined(first: Slots, second: Slots) -> Slots:
-    both = second.tensors()
-    merged = {name: torch.cat([tensor, both[name][0]], axis) for name, (tensor, axis) in first.tensors().items()}
-    return Slots(**{"interaction": None, "life": None, **merged})
+    return first.each(lambda name, buffer, axis: torch.cat([buffer, getattr(second, name)], axis))
 
 
 def _insert_one(slots: Slots, key: Tensor, value: Tensor, arrival: Arrival) -> tuple[Tensor, Tensor]:
     """Write one token per row into a free slot, growing the buffers where a row has none; returns what to read."""
     if slots.filled is not None:
-        return _append_one(slots, key, value, arrival)
+        return _append_one(slots, slots.filled, key, value, arrival)
     free = ~slots.live()
     if not bool(free.any(1).all()):
         _grow(slots)
@@ -187,30 +193,32 @@ def _insert_one(slots: Slots, key: Tensor, value: Tensor, arrival: Arrival) -> t
     slots.keys[row, :, slot] = key[:, :, 0]
     slots.values[row, :, slot] = value[:, :, 0]
     slots.position[row, slot] = arrival.position[:, 0]
-    if slots.interaction is not None:
+    if arrival.interaction is not None and slots.interaction is not None:
         slots.interaction[row, slot] = arrival.interaction[:, 0]
-    if slots.life is not None:
+    if arrival.life is not None and slots.life is not None:
         slots.life[row, slot] = arrival.life[:, 0]
     return slots.keys, slots.values
 
 
-def _append_one(slots: Slots, key: Tensor, value: Tensor, arrival: Arrival) -> tuple[Tensor, Tensor]:
+def _append_one(slots: Slots, column: int, key: Tensor, value: Tensor, arrival: Arrival) -> tuple[Tensor, Tensor]:
     """Nothing is ever dropped: the next column, as a plain cache would."""
-    if slots.filled == slots.position.shape[1]:
+    if column == slots.position.shape[1]:
         _grow(slots)
-    column = slots.filled
     slots.keys[:, :, column] = key[:, :, 0]
     slots.values[:, :, column] = value[:, :, 0]
     slots.position[:, column] = arrival.position[:, 0]
     slots.filled = column + 1
-    return slots.keys[:, :, : slots.filled], slots.values[:, :, : slots.filled]
+    return slots.keys[:, :, : column + 1], slots.values[:, :, : column + 1]
 
 
 def _grow(slots: Slots) -> None:
-    count = slots.position.shape[1]
-    extra = max(GROWTH, count // 8)
-    for name, (tensor, axis) in slots.tensors().items():
-        shape = list(tensor.shape)
+    extra = max(GROWTH, slots.position.shape[1] // 8)
+
+    def longer(name: str, buffer: Tensor, axis: int) -> Tensor:
+        shape = list(buffer.shape)
         shape[axis] = extra
-        filler = tensor.new_full(shape, EMPTY) if name == "position" else tensor.new_zeros(shape)
-        setattr(slots, name, torch.cat([tensor, filler], axis))
+        return torch.cat([buffer, buffer.new_full(shape, EMPTY if name == "position" else 0)], axis)
+
+    grown = slots.each(longer)
+    slots.keys, slots.values, slots.position = grown.keys, grown.values, grown.position
+    slots.interaction, slots.life = grown.interaction, grown.life

@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune import policies
 from ctxprune.errors import UserError
@@ -44,7 +45,7 @@ def save(
     try:
         save_file(_state_dict(model), staged / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(staged)
-        pruning = {"format": FORMAT, "pruning": policies.to_dict(model.pruning_config), "alpha": state.alpha, **notes}
+        pruning = {"format": FORMAT, "pruning": policies.to_dict(state.policy), "alpha": state.alpha, **notes}
         _write(staged / PRUNING, json.dumps(pruning, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
@@ -133,10 +134,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def load_base(folder_or_id: str, context: int) -> PreTrainedModel:
-    """A pretrained causal language model in float32, its dropout off, ready to be retrofitted.
+def base_config(folder_or_id: str, context: int) -> PreTrainedConfig:
+    """The config of a pretrained model that is to be retrofitted; no weights are read.
 
-    Raises UserError if there are no weights, the folder is a pruned one, or it has fewer positions than `context`.
+    Raises UserError if there is no such folder, it holds no weights or a pruned model, the config cannot be read, or it
+    has fewer positions than `context`.
     """
     folder = Path(folder_or_id)
     if folder.exists():
@@ -150,23 +152,41 @@ def load_base(folder_or_id: str, context: int) -> PreTrainedModel:
         raise UserError(f"{folder_or_id} does not exist: give a folder with a transformers model, or a hub id")
     try:
         config = AutoConfig.from_pretrained(folder_or_id)
-        for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder_or_id, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no model could be loaded from {folder_or_id}: {first}") from error
-    if wrong := sorted(report["missing_keys"]) or sorted(report.get("mismatched_keys") or []):
-        raise UserError(f"{folder_or_id} lacks weights of its own architecture, first {wrong[0]}: is it complete?")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no model could be read from {folder_or_id}: {first_line(error)}") from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < context:
-        raise UserError(f"{folder_or_id} has {positions} positions, fewer than train.context={context}: lower it")
+        raise UserError(
+            f"{folder_or_id} has {positions} positions, fewer than train.context={context}: "
+            f"set train.context={positions} or less"
+        )
+    return config
+
+
+def load_base(folder_or_id: str, context: int) -> PreTrainedModel:
+    """A pretrained causal language model in float32, its dropout off, ready to be retrofitted.
+
+    Raises UserError for what base_config refuses, and if weights of the architecture are missing.
+    """
+    config = base_config(folder_or_id, context)
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder_or_id, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"no model could be loaded from {folder_or_id}: {first_line(error)}") from error
+    model, report = loaded
+    if wrong := sorted(report["missing_keys"]) or sorted(report.get("mismatched_keys") or []):
+        raise UserError(f"{folder_or_id} lacks weights of its own architecture, first {wrong[0]}: is it complete?")
     return model
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, on one line; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:

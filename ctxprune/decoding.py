@@ -15,12 +15,13 @@ from torch import Tensor
 import kernels
 from ctxprune.cache import EMPTY, Arrival, PrunedCache, Slots
 from ctxprune.calls import Cached, Hard
-from ctxprune.visibility import ends, guards, layout
+from ctxprune.errors import UserError
+from ctxprune.visibility import ends, layout
 
 
 def decide(
     cache: PrunedCache, wrapper, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
-) -> Hard | Cached:
+) -> Hard | Cached | None:
     """Drops of one layer for the new tokens hidden, (batch, queries, width), and what the attention may read.
 
     position_ids: (rows, queries) true positions, by default those that follow; padding: (batch, tokens), True at real
@@ -29,7 +30,8 @@ def decide(
     if position_ids is None:
         position_ids = torch.arange(cache.seen, cache.seen + hidden.shape[1], device=hidden.device)[None]
     position = position_ids.expand(hidden.shape[0], -1)
-    last = wrapper.layer_idx == len(wrapper.state.survival) - 1
+    last = wrapper.layer_idx == wrapper.state.layers - 1
+    call: Hard | Cached | None
     if wrapper.layer_idx >= len(cache.slots):
         call = _first_pass(cache, wrapper, hidden, position, padding)
     else:
@@ -39,22 +41,22 @@ def decide(
     return call
 
 
-def _first_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor, padding: Tensor | None) -> Hard:
+def _first_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor, padding: Tensor | None) -> Hard | None:
     """The prompt: drop times over whole rows; whoever outlives the last query is stored."""
     n = hidden.shape[1]
-    plan = layout(*hidden.shape[:2], position, padding, hidden.device)
+    plan = layout(hidden.shape[:2], position, padding, hidden.device)
     life = wrapper.lifetime(position)
     drop_time, interaction = ends(plan, life), None
     if wrapper.gate is not None:
         query, interaction, beta = wrapper.gate(hidden)
-        guard = guards(position, wrapper.state.sinks, wrapper.state.recent)
+        guard = wrapper.state.guards(position)
         drop_time = wrapper.inherit(kernels.drop_times(query, interaction, beta, guard=guard, end=drop_time))
     survives = drop_time >= n
     if padding is not None:
         survives &= padding.to(torch.bool)[:, -n:]
     endless = wrapper.gate is None and life is None
     cache.arrival = Arrival(survives, interaction, position, life, endless)
-    return Hard(drop_time if (drop_time < n).any() else None)
+    return Hard(drop_time) if bool((drop_time < n).any()) else None
 
 
 def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -> Cached:
@@ -62,6 +64,8 @@ def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -
     slots, n = cache.slots[wrapper.layer_idx], hidden.shape[1]
     life = wrapper.lifetime(position)
     gates = wrapper.gate(hidden) if wrapper.gate is not None else None
+    if (gates is None) != (slots.interaction is None):
+        raise UserError("this cache was filled in another mode (hard or dense): start again with a new PrunedCache()")
     if slots.filled is not None and gates is None and life is None and n == 1:
         cache.arrival = Arrival(torch.ones_like(position, dtype=torch.bool), None, position, None, True)
         return Cached(slots)
@@ -76,9 +80,9 @@ def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -
     if n == 1:
         drop_time, visible = position.new_full(position.shape, 1), None
     else:
-        drop_time = ends(layout(*position.shape, None, None, position.device), life)
+        drop_time = ends(layout(position.shape, None, None, position.device), life)
         if gates is not None:
-            guard = guards(position, wrapper.state.sinks, wrapper.state.recent)
+            guard = wrapper.state.guards(position)
             drop_time = wrapper.inherit(kernels.drop_times(*gates, guard=guard, end=drop_time))
         row = torch.arange(n, device=position.device)[:, None]
         seen_new = (row >= row.T) & (row < drop_time[:, None, :])
@@ -95,6 +99,7 @@ def _visible_slots(
     gone = torch.zeros_like(age, dtype=torch.bool) if slots.life is None else age >= slots.life[:, None, :]
     if gates is not None:
         query, _, beta = gates
+        assert slots.interaction is not None, "a gated layer keeps interaction keys"
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
         x = torch.baddbmm(
             beta.to(work),
@@ -103,10 +108,11 @@ def _visible_slots(
             alpha=1.0 / math.sqrt(query.shape[-1]),
         )
         dropping = x <= 0
-        if wrapper.state.sinks:
-            dropping &= slots.position[:, None, :] >= wrapper.state.sinks
-        if wrapper.state.recent:
-            dropping &= age > wrapper.state.recent
+        sinks, recent = wrapper.state.policy.sinks, wrapper.state.policy.recent
+        if sinks:
+            dropping &= slots.position[:, None, :] >= sinks
+        if recent:
+            dropping &= age > recent
         gone |= dropping
     if gone.shape[1] > 1:
         gone = gone.cummax(dim=1).values
@@ -115,6 +121,7 @@ def _visible_slots(
 
 def _seen_above(cache: PrunedCache, slots: Slots) -> Bool[Tensor, "batch queries slots"]:
     """propagate_in_depth: which of this layer's keys each new query still sees in the layer above."""
+    assert cache.alive is not None, "the layer above has left what it sees"
     place = slots.position.clamp(min=0)[:, None, :]
     return cache.alive.gather(2, place.expand(-1, cache.alive.shape[1], -1))
 

@@ -71,11 +71,11 @@ def drop_times(
 def forward_with_drop_times(model, input_ids: Tensor, **inputs) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
     """Drop times and logits of one pass under the step function; inputs as for drop_times."""
     state = state_of(model)
-    state.record = []
+    state.record = {}
     try:
         with mode(model, "hard"):
             logits = model(input_ids, use_cache=False, **inputs).logits
-        taken = DropTimes(torch.stack(state.record), state.plan.end)
+        taken = DropTimes(state.recorded(), state.documents.end)
     finally:
         state.record = None
     return taken, logits

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ctxprune.batches import Batch, targets
+from ctxprune.batches import IGNORED, Batch, targets
 from ctxprune.drop_time import forward_with_drop_times
-from ctxprune.objective import IGNORED
 from ctxprune.retrofitting import mode, state_of, wrappers
 from ctxprune.visibility import visible_pairs
 
@@ -48,7 +47,8 @@ class _Sums:
     tokens: int = 0
     nats_at: dict[int, float] = field(default_factory=dict)
     tokens_at: dict[int, int] = field(default_factory=dict)
-    kept: Tensor | None = None
+    kept: list[Tensor] = field(default_factory=list)
+    """Pairs kept in each batch, (layers,)."""
     pairs: int = 0
     kept_at: dict[int, float] = field(default_factory=dict)
     past_at: dict[int, int] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def evaluate(
             with mode(model, "soft"):
                 logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
             soft_nats += _nats(logits, wanted).sum().item()
-            state_of(model).survival = [None] * len(wrappers(model))
+            state_of(model).survival.clear()
         if progress is not None:
             progress(done + 1)
     return _evaluation(sums, soft_nats if gated else None, contexts)
@@ -91,11 +91,11 @@ def _add(sums: _Sums, batch: Batch, wanted: Tensor, taken, nats: Tensor, context
     predicted = wanted != IGNORED
     sums.nats += nats.sum().item()
     sums.tokens += int(predicted.sum())
-    kept = taken.kept_pairs().sum(1).double().cpu()
-    sums.kept = kept if sums.kept is None else sums.kept + kept
+    sums.kept.append(taken.kept_pairs().sum(1).double().cpu())
     sums.pairs += int(visible_pairs(taken.document_end).sum())
     previous = batch.position_ids
-    live = _live_in_document(taken) - 1
+    # Keys each query sees, itself left out, mean over layers: (batch, n).
+    live = taken.live_counts().double().mean(0) - 1
     for context in contexts:
         # The token at position p is predicted from p + 1 tokens: itself and its past.
         at = (previous + 1 > BUCKET * context) & (previous + 1 <= context)
@@ -106,13 +106,8 @@ def _add(sums: _Sums, batch: Batch, wanted: Tensor, taken, nats: Tensor, context
         sums.past_at[context] = sums.past_at.get(context, 0) + int(previous[at].sum())
 
 
-def _live_in_document(taken) -> Tensor:
-    """Keys each query sees, itself included, mean over layers: (batch, n)."""
-    return taken.live_counts().double().mean(0)
-
-
 def _evaluation(sums: _Sums, soft_nats: float | None, contexts: list[int]) -> Evaluation:
-    per_layer = (1.0 - sums.kept / max(1, sums.pairs)).tolist()
+    per_layer = (1.0 - torch.stack(sums.kept).sum(0) / max(1, sums.pairs)).tolist()
     tokens = max(1, sums.tokens)
     return Evaluation(
         perplexity=math.exp(sums.nats / tokens),

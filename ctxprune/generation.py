@@ -21,7 +21,7 @@ class Generation:
     reached); live_tokens: mean over layers of the keys alive at the end of each row's last step, itself included;
     cache: the pruned cache as it was left, without the rows that ended early."""
 
-    tokens: list[Int[Tensor, " new"]]
+    tokens: list[Int[Tensor, " _"]]
     live_tokens: list[float]
     cache: PrunedCache
 
@@ -47,7 +47,7 @@ class Sampling:
 @torch.no_grad()
 def generate(
     model,
-    input_ids: Int[Tensor, "batch n"] | list[Int[Tensor, " n"]],
+    input_ids: Int[Tensor, "batch n"] | list[Int[Tensor, " _"]],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -138,17 +138,11 @@ def _prefill(model, cache: PrunedCache, ids: Tensor, real: Tensor, chunk: int) -
     padded = not bool(real.all())
     if chunk and padded:
         raise UserError("prefill_chunk needs prompts of one length: pass them one at a time or set it to 0")
-    logits = None
-    for start in range(0, ids.shape[1], chunk or ids.shape[1]):
-        part = slice(start, start + (chunk or ids.shape[1]))
-        logits = model(
-            ids[:, part],
-            position_ids=position[:, part],
-            attention_mask=real.long() if padded else None,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+    inputs = {"attention_mask": real.long() if padded else None, "past_key_values": cache, "use_cache": True}
+    length = chunk or ids.shape[1]
+    for start in range(0, ids.shape[1], length):
+        part = slice(start, start + length)
+        logits = model(ids[:, part], position_ids=position[:, part], logits_to_keep=1, **inputs).logits
     return logits[:, -1]
 
 

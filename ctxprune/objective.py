@@ -9,10 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from ctxprune.batches import IGNORED
 from ctxprune.retrofitting import state_of
-
-IGNORED = -100
-"""Label of tokens that are not predicted (cross_entropy's own default)."""
 
 
 def next_token_loss(logits: Float[Tensor, "batch n vocab"], targets: Int[Tensor, "batch n"]) -> Float[Tensor, ""]:
@@ -23,7 +21,7 @@ def next_token_loss(logits: Float[Tensor, "batch n vocab"], targets: Int[Tensor,
 def kept_share(model) -> Float[Tensor, ""]:
     """Mean over layers of the mean of I over the visible pairs: the paper's regulariser (arXiv 2305.15805, eq. 7) with
     the constant triangle left out. Of the last soft forward pass; differentiable."""
-    return torch.stack(state_of(model).survival).mean()
+    return torch.stack(list(state_of(model).survival.values())).mean()
 
 
 def distillation_loss(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,13 +33,10 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     places = list(_attention_layers(model))
     _refuse_unsupported(model, places)
     # All rules first: a policy that does not fit must leave the model as it was.
-    rules = [config.layer(index, _width(model)) for index in range(len(places))]
+    rules = config.rules(len(places), model.config.hidden_size)
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    state = PruningState(
-        propagate_in_depth=getattr(config, "propagate_in_depth", False), sinks=config.sinks, recent=config.recent
-    )
-    state.survival = [None] * len(places)
+    state = PruningState(config, len(places))
     for index, (layer, name) in enumerate(places):
         inner = getattr(layer, name)
         wrapper = PrunedAttention(inner, rules[index], index, state)
@@ -49,7 +45,6 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
         wrapper.rule.to(dtype=weight.dtype, device=weight.device)
         wrapper.train(inner.training)
         setattr(layer, name, wrapper)
-    model.pruning_config = config
     return model
 
 
@@ -87,12 +82,13 @@ def mode(model: nn.Module, value: Mode) -> Iterator[None]:
 
 def _attention_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
     """(decoder layer, name of its attention child), in order of layer_idx."""
-    found = []
+    found: list[tuple[int, nn.Module, str]] = []
     for layer in model.modules():
         for name in ATTENTION_NAMES:
             child = getattr(layer, name, None)
-            if isinstance(child, nn.Module) and isinstance(getattr(child, "layer_idx", None), int):
-                found.append((child.layer_idx, layer, name))
+            index = getattr(child, "layer_idx", None)
+            if isinstance(child, nn.Module) and isinstance(index, int):
+                found.append((index, layer, name))
     for _, layer, name in sorted(found, key=lambda entry: entry[0]):
         yield layer, name
 
@@ -119,11 +115,6 @@ def _refuse_unsupported(model: PreTrainedModel, places: list) -> None:
     else:
         return
     raise UserError(f"models of the family {family!r} cannot be retrofitted: {reason}")
-
-
-def _width(model: PreTrainedModel) -> int:
-    """Hidden size of the attention's input."""
-    return model.config.hidden_size
 
 
 def _sliding_window(model: PreTrainedModel, index: int) -> int | None:
@@ -154,11 +145,3 @@ def freeze_backbone(model: nn.Module) -> None:
         raise UserError("freezing the backbone leaves nothing to train: only pruning=learned has gates")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in gates)
-
-
-def all_open(model: nn.Module) -> None:
-    """Open every gate for good: the model then behaves exactly like the original (used by tests and as a switch)."""
-    with torch.no_grad():
-        for wrapper in wrappers(model):
-            wrapper.rule.gate.query.weight.zero_()
-            wrapper.rule.gate.beta.fill_(1.0)

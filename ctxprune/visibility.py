@@ -5,14 +5,14 @@ Document ends, lifetimes and protected tokens, one integer each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-FOREVER = 1 << 30
-"""A drop time no sequence reaches; sums of two still fit in 32 bits."""
+from ctxprune.policies.rule import FOREVER, Rule
 
 
 @dataclass
@@ -29,17 +29,17 @@ class Layout:
 
 
 def layout(
-    batch: int,
-    n: int,
+    shape: Sequence[int],
     position_ids: Int[Tensor, "rows n"] | None,
     padding: Bool[Tensor, "batch n"] | None,
     device: torch.device,
 ) -> Layout:
-    """Documents of a batch: a new one starts where position_ids do not rise by one, and wherever padding begins or
-    ends.
+    """Documents of a batch of shape (batch, n): a new one starts where position_ids do not rise by one, and wherever
+    padding begins or ends.
 
     padding: True at real tokens. A padding token is a document of its own: no other token ever sees it.
     """
+    batch, n = shape
     if position_ids is None:
         position = torch.arange(n, device=device).expand(batch, n)
     else:
@@ -59,7 +59,7 @@ def layout(
 
 
 def lifetimes(
-    position: Int[Tensor, "batch n"], rule, sinks: int, recent: int, sliding_window: int | None
+    position: Int[Tensor, "batch n"], rule: Rule, sinks: int, recent: int, sliding_window: int | None
 ) -> Int[Tensor, "batch n"] | None:
     """How many queries see each key by position alone, itself included; None when every key lives for ever.
 

@@ -89,7 +89,8 @@ def log_survival(
     """log I[k, j] itself, differentiable: n x n numbers, for drops that accumulate over depth. Entries with j > k
     are 0."""
     _check_alpha(alpha)
-    guard, end = _defaults(guard, end, *interaction_query.shape[:2], interaction_query.device)
+    batch, n = interaction_query.shape[:2]
+    guard, end = _defaults(guard, end, batch, n, interaction_query.device)
     return _soft_torch.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
 
 
@@ -107,8 +108,9 @@ def drop_times(
 
     Key j is visible to query k iff j <= k < drop_times[j]; never dropped reads as end[j] (n by default).
     """
-    _check_interaction(interaction_query, interaction_key, *interaction_query.shape[:2])
-    guard, end = _defaults(guard, end, *interaction_query.shape[:2], interaction_query.device)
+    batch, n = interaction_query.shape[:2]
+    _check_interaction(interaction_query, interaction_key, batch, n)
+    guard, end = _defaults(guard, end, batch, n, interaction_query.device)
     return _pick("drop_times", impl)(interaction_query, interaction_key, beta, guard, end)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ctxprune import checkpoint, tokenizer
 from ctxprune.batches import held_out_batches
@@ -38,11 +39,11 @@ def main(config: Config, overrides: list[str]) -> int:
 def as_trained(config: Config, overrides: list[str], folder: Path) -> Config:
     """The config with the checkpoint's own data and context, unless the command line names others."""
     own = checkpoint.read_pruning(folder).get("config")
-    named = {word.partition("=")[0].lstrip("+").split(".")[0] for word in overrides}
-    changes = {}
-    if own and "data" not in named:
+    named = {word.partition("=")[0] for word in overrides}
+    changes: dict[str, Any] = {}
+    if own and not any(name.split(".")[0] == "data" for name in named):
         changes["data"] = type(config.data)(**own["data"])
-    if own and "train" not in named:
+    if own and "train.context" not in named:
         changes["train"] = dataclasses.replace(config.train, context=own["train"]["context"])
     config = dataclasses.replace(config, **changes)
     contexts = [c for c in config.evaluate.contexts if c <= config.train.context]

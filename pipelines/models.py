@@ -68,9 +68,9 @@ def policy_for(config: Config, layers: int, tokens: TokenStore) -> PolicyConfig:
             rank=pruning.rank, beta=pruning.beta, propagate_in_depth=pruning.propagate_in_depth, **keep
         )
     position = torch.cat([batch.position_ids for batch in calibration(config, tokens)])
-    documents = layout(*position.shape, position, None, position.device)
+    documents = layout(position.shape, position, None, position.device)
     solve = window_for if pruning.policy == "window" else strided_for
-    return solve(pruning.sparsity, documents.position, documents.end, layers, **keep)
+    return solve(pruning.sparsity, documents, layers, **keep)
 
 
 def calibration(config: Config, tokens: TokenStore) -> list:

@@ -55,7 +55,10 @@ def _headline(mine: list[dict]) -> str:
 def _rival(mine: list[dict], ours: dict, policy: str) -> dict | None:
     """The trial of another rule to compare with: nearest in sparsity among those of the same target or budget."""
     known = [r for r in mine if r["policy"] == policy and None not in (r["sparsity"], r["vs_dense"])]
-    gap = lambda row: abs(row["sparsity"] - ours["sparsity"])  # noqa: E731
+
+    def gap(row: dict) -> float:
+        return abs(row["sparsity"] - ours["sparsity"])
+
     fair = [
         r for r in known if gap(r) <= table.SAME_BUDGET or (r["target"] is not None and r["target"] == ours["target"])
     ]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import netrc
 import os
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from ctxprune import checkpoint
 from ctxprune.errors import UserError
 from ctxprune.policies import GateConfig
 from ctxprune.retrofitting import retrofit
@@ -25,22 +25,14 @@ def check_model(config: Config) -> None:
     path = config.model.path
     if path is None:
         return
-    if path.startswith(("/", ".", "~")) or Path(path).is_dir():
-        _check_folder(Path(path))
+    found = checkpoint.base_config(path, config.train.context)
     try:
-        found = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found)
-    except (OSError, ValueError, KeyError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"no causal language model could be read from {path}: {first.strip()}") from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is no causal language model: {checkpoint.first_line(error)}") from error
     retrofit(model, GateConfig(rank=1))
     positions = getattr(found, "max_position_embeddings", None)
-    if positions is not None and positions < config.train.context:
-        raise UserError(
-            f"{path} has {positions} positions, fewer than train.context={config.train.context}: "
-            f"set train.context={positions} or less"
-        )
     longest = config.benchmark.prompt + config.benchmark.new_tokens
     if positions is not None and positions < longest:
         raise UserError(
@@ -67,14 +59,3 @@ def check_tracking(tracking: TrackingConfig) -> None:
         raise UserError(
             "tracking=online needs a W&B key: set WANDB_API_KEY or run `wandb login`, or use tracking=offline"
         )
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: give a folder with a transformers model, or a hub id")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no weights (*.safetensors): give the folder of a trained model")
-    if (folder / "pruning.json").is_file():
-        raise UserError(f"{folder} is a pruned model already: give the original")

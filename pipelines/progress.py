@@ -34,6 +34,7 @@ class Bars:
             console=self.console,
             transient=True,
         )
+        self.first: dict[str, tuple[float, int]] = {}
         self.said: dict[str, float] = {}
         self.open: dict[str, int] = {}
 
@@ -50,11 +51,11 @@ class Bars:
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar for one task; call the yielded function with how much is done."""
         bar = self.progress.add_task(name, total=total)
-        start = time.monotonic()
+        self.first.pop(name, None)
 
         def advance(done: int) -> None:
             self.progress.update(bar, completed=done)
-            self._line(name, done, total, time.monotonic() - start)
+            self._line(name, done, total)
 
         try:
             yield advance
@@ -78,12 +79,18 @@ class Bars:
         else:
             logger.info("%s", text)
 
-    def _line(self, name: str, done: int, total: int, seconds: float) -> None:
-        now = time.monotonic()
-        if self.live or done <= 0 or done >= total or now - self.said.get(name, now - QUIET_SECONDS) < QUIET_SECONDS:
+    def _line(self, name: str, done: int, total: int) -> None:
+        if self.live or done <= 0:
             return
-        self.said[name] = now
-        logger.info("%s: %d of %d, about %s left", name, done, total, duration(seconds * (total - done) / done))
+        now = time.monotonic()
+        if name not in self.first:
+            # Time left is judged from the first progress on: processes may have taken long to start.
+            self.first[name], self.said[name] = (now, done), now
+        since, before = self.first[name]
+        if before < done < total and now - self.said[name] >= QUIET_SECONDS:
+            self.said[name] = now
+            left = duration((now - since) * (total - done) / (done - before))
+            logger.info("%s: %d of %d, about %s left", name, done, total, left)
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ from pipelines.config import to_record
 from pipelines.grid import Trial
 from pipelines.worker import METRICS, Job
 
-FORMAT = 1
+FORMAT = 2
 """Raise when the meaning of a step's output changes: old outputs are then made anew."""
 BASE_TRAIN = ("base_steps", "base_learning_rate", "batch", "context", "warmup", "decay", "weight_decay", "clip", "seed")
 """Settings of `train` that a base model depends on."""
@@ -88,7 +88,7 @@ def collect(one: Steps, sweep: str, machine: dict, versions: dict) -> dict:
         **{name: evaluation[name] for name in ("perplexity", "perplexity_soft", "perplexity_at")},
         "evaluated_tokens": evaluation["tokens"],
         **{name: value for name, value in speed.items() if name != "seconds"},
-        "train_tokens": training["train_tokens"],
+        **{name: training[name] for name in ("parameters", "gate_parameters", "train_tokens")},
         "seed": config.train.seed,
         "wall_seconds": round(training["seconds"] + evaluation["seconds"] + speed["seconds"], 3),
         "pruning": pruning,

@@ -55,7 +55,10 @@ def dense_of(result: dict, results: list[dict]) -> dict | None:
     """The dense trial of the same model: the one of the same seed and training tokens where there are several."""
     rivals = [r for r in results if r.get("policy") == "dense" and r.get("model") == result.get("model")]
     rivals = [r for r in rivals if number(r, "perplexity") is not None]
-    agreement = lambda r: [r.get(key) == result.get(key) for key in ("seed", "train_tokens")]  # noqa: E731
+
+    def agreement(rival: dict) -> list[bool]:
+        return [rival.get(key) == result.get(key) for key in ("seed", "train_tokens")]
+
     return result if any(r is result for r in rivals) else max(rivals, key=agreement, default=None)
 
 

@@ -35,7 +35,7 @@ def _mirror(config: Config, sweep: str, folder: Path, result: dict) -> None:
     settings = wandb.Settings(
         console="off", save_code=False, disable_git=True, silent=True, x_disable_stats=True, x_disable_meta=True
     )
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         run = wandb.init(
             mode=config.tracking.mode,
             project=config.tracking.project,

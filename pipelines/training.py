@@ -108,7 +108,7 @@ def train_step(
     batch = Batch(batch.input_ids.to(wrapped.device), batch.position_ids.to(wrapped.device))
     state = state_of(model, default=None)
     if measuring:
-        state.record = []
+        state.record = {}
     wanted = targets(batch)
     logits = wrapped(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     prediction = objective.next_token_loss(logits, wanted)
@@ -139,7 +139,7 @@ def _weights(wanted: torch.Tensor, state) -> tuple[float, float]:
     world = dist.get_world_size()
     if world == 1:
         return 1.0, 1.0
-    pairs = visible_pairs(state.plan.end).sum() if state is not None else torch.ones((), device=wanted.device)
+    pairs = visible_pairs(state.documents.end).sum() if state is not None else torch.ones((), device=wanted.device)
     own = torch.stack([(wanted != objective.IGNORED).sum().double(), pairs.double()])
     total = own.clone()
     dist.all_reduce(total)
@@ -176,11 +176,9 @@ def _set_learning_rates(optimizer, factor: float) -> None:
 
 def _sparsity(state, kept_share: torch.Tensor) -> tuple[float, float]:
     """Sparsity of the step just taken, (step function, soft gates), over the rows of all ranks."""
-    drop_time = torch.stack(state.record)
-    if state.propagate_in_depth:
-        drop_time = drop_time.cummin(0).values
-    taken, pairs = DropTimes(drop_time, state.plan.end), visible_pairs(state.plan.end).sum().double()
-    counts = torch.stack([taken.kept_pairs().double().sum() / len(drop_time), kept_share.double() * pairs, pairs])
+    end = state.documents.end
+    taken, pairs = DropTimes(state.recorded(), end), visible_pairs(end).sum().double()
+    counts = torch.stack([taken.kept_pairs().double().sum() / state.layers, kept_share.double() * pairs, pairs])
     dist.all_reduce(counts)
     hard, soft = (1.0 - counts[:2] / counts[2].clamp(min=1)).tolist()
     return hard, soft

@@ -19,7 +19,7 @@ from ctxprune import checkpoint
 from ctxprune.batches import held_out_batches
 from ctxprune.budget import calibrate
 from ctxprune.evaluation import evaluate
-from ctxprune.retrofitting import retrofit, set_alpha
+from ctxprune.retrofitting import parameter_counts, retrofit, set_alpha
 from ctxprune.token_store import TokenStore, read_tokens
 from ctxprune.tokenizer import document_start_id
 from pipelines import store, training
@@ -91,7 +91,12 @@ def _train(job: Job, config: Config, tokens: TokenStore, staged: Path | None) ->
     final = build(job, config, tokens)
     final.load_state_dict(weights, strict=True)
     final.eval()
-    notes = {"train_tokens": plan.steps * config.train.batch * config.train.context}
+    counts = parameter_counts(final)
+    notes: dict[str, Any] = {
+        "parameters": counts["backbone"],
+        "gate_parameters": counts["gates"],
+        "train_tokens": plan.steps * config.train.batch * config.train.context,
+    }
     tokenizer = AutoTokenizer.from_pretrained(Path(job.data) / "tokenizer")
     if job.kind == "base":
         final.save_pretrained(staged / "model")

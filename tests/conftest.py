@@ -1,4 +1,8 @@
-"""What holds for every test? No word to the network: a test that tries fails, whoever swallowed the error."""
+"""What holds for every test?
+
+No word to the network: a test that tries fails, whoever swallowed the error. And tensors have the shapes that the
+annotations of ctxprune promise: checked here, never at run time.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,21 @@ import os
 import socket
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+
+# Modules whose signatures carry shapes. Not kernels: it checks its arguments itself, and Triton reads its own source.
+install_import_hook(
+    [
+        f"ctxprune.{name}"
+        for name in ("attention", "batches", "cache", "calls", "decoding", "drop_time")
+        + ("gate", "generation", "objective", "policies", "visibility")
+    ],
+    "beartype.beartype",
+)
 
 
 def leaves_machine(kind: socket.SocketKind, address: object) -> bool:

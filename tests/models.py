@@ -77,6 +77,14 @@ def gated(family: str = "llama", *, std: float = 0.3, beta: float = 3.0, seed: i
     return model
 
 
+def open_gates(model) -> None:
+    """Every gate says keep, whatever it reads."""
+    with torch.no_grad():
+        for wrapper in wrappers(model):
+            wrapper.rule.gate.query.weight.zero_()
+            wrapper.rule.gate.beta.fill_(1.0)
+
+
 def tokens(batch: int, n: int, seed: int = 0) -> Tensor:
     """(batch, n) random token ids."""
     return torch.randint(0, VOCAB, (batch, n), generator=torch.Generator().manual_seed(seed + 100))

@@ -1,8 +1,7 @@
 """Which rules say what context stays? One file each; all of them are drop times.
 
-A policy is a small config dataclass. `config.layer(index, width)` gives the rule of one layer, with this contract:
-`rule.lifetime(position)` is how many queries see a key by its position alone (None: for ever), and `rule.gate` is the
-learned gate, or None. Protected tokens (`sinks`, `recent`) are the same for every policy and handled once, in
+A policy is a small config dataclass. `config.rules(layers, width)` gives one Rule (ctxprune.policies.rule) per layer of
+a model of that hidden width. Protected tokens (`sinks`, `recent`) are the same for every policy and handled once, in
 ctxprune.visibility.
 """
 
@@ -34,4 +33,5 @@ def from_dict(values: dict[str, object]) -> PolicyConfig:
     known = {field.name for field in fields(POLICIES[name])}
     if unknown := sorted(set(values) - known):
         raise UserError(f"policy {name} has no setting {unknown[0]!r}: it has {', '.join(sorted(known))}")
-    return POLICIES[name](**values)
+    # JSON has no tuples.
+    return POLICIES[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -1,11 +1,11 @@
-"""What if nothing is dropped? The control every other rule is measured against."""
+"""What if nothing is dropped? The control every other policy is measured against."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from ctxprune.policies.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,6 @@ class DenseConfig:
     sinks: int = 0
     recent: int = 0
 
-    def layer(self, index: int, width: int) -> DenseRule:
-        return DenseRule()
-
-
-class DenseRule(nn.Module):
-    """No gate, no end of life."""
-
-    gate = None
-
-    def lifetime(self, position):
-        return None
+    def rules(self, layers: int, width: int) -> list[Rule]:
+        """One rule per layer; see ctxprune.policies."""
+        return [Rule() for _ in range(layers)]

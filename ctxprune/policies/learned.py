@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from ctxprune.errors import UserError
 from ctxprune.gate import InteractionGate
+from ctxprune.policies.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,6 @@ class GateConfig:
         if self.rank < 1:
             raise UserError(f"rank is {self.rank}: give at least 1")
 
-    def layer(self, index: int, width: int) -> LearnedRule:
-        return LearnedRule(InteractionGate(width, self.rank, self.beta))
-
-
-class LearnedRule(nn.Module):
-    """A gate decides; position alone never ends a key's life."""
-
-    def __init__(self, gate: InteractionGate):
-        super().__init__()
-        self.gate = gate
-
-    def lifetime(self, position):
-        return None
+    def rules(self, layers: int, width: int) -> list[Rule]:
+        """One gate per layer, freshly initialised; see ctxprune.policies."""
+        return [Rule(InteractionGate(width, self.rank, self.beta)) for _ in range(layers)]

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctxprune.errors import UserError
-from ctxprune.visibility import FOREVER
+from ctxprune.policies.rule import FOREVER, Rule
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,18 @@ class StridedConfig:
     """Most recent tokens that are never dropped."""
 
     def __post_init__(self):
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        object.__setattr__(self, "every", tuple(self.every))
         if not self.blocks or min(self.blocks) < 1 or len(self.blocks) != len(self.every) or min(self.every) < 1:
             raise UserError(f"strided has blocks {self.blocks}, every {self.every}: give two equally long lists, >= 1")
 
-    def layer(self, index: int, width: int) -> StridedRule:
-        if index >= len(self.blocks):
-            raise UserError(f"strided has {len(self.blocks)} blocks, the model has more layers: give one per layer")
-        return StridedRule(self.blocks[index], self.every[index])
+    def rules(self, layers: int, width: int) -> list[Rule]:
+        """One block length per layer; see ctxprune.policies."""
+        if layers != len(self.blocks):
+            raise UserError(f"strided has {len(self.blocks)} blocks, the model {layers} layers: give one per layer")
+        return [StridedRule(block, every) for block, every in zip(self.blocks, self.every, strict=True)]
 
 
-class StridedRule(nn.Module):
+class StridedRule(Rule):
     """A key lives to the end of its block; the last of every `every`-th block lives for ever."""
-
-    gate = None
 
     def __init__(self, block: int, every: int):
         super().__init__()

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctxprune.errors import UserError
+from ctxprune.policies.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,18 @@ class WindowConfig:
     """Most recent tokens that are never dropped."""
 
     def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(self.widths))
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"window widths are {self.widths}: give one number of at least 1 per layer")
 
-    def layer(self, index: int, width: int) -> WindowRule:
-        if index >= len(self.widths):
-            raise UserError(f"window has {len(self.widths)} widths, the model has more layers: give one per layer")
-        return WindowRule(self.widths[index])
+    def rules(self, layers: int, width: int) -> list[Rule]:
+        """One width per layer; see ctxprune.policies."""
+        if layers != len(self.widths):
+            raise UserError(f"window has {len(self.widths)} widths, the model {layers} layers: give one per layer")
+        return [WindowRule(tokens) for tokens in self.widths]
 
 
-class WindowRule(nn.Module):
+class WindowRule(Rule):
     """A key lives for `width` queries."""
-
-    gate = None
 
     def __init__(self, width: int):
         super().__init__()

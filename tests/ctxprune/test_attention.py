@@ -9,9 +9,9 @@ import transformers as tf
 import ctxprune
 from ctxprune import GateConfig, UserError
 from ctxprune.objective import kept_share, next_token_loss
-from ctxprune.retrofitting import all_open, gate_parameters, set_alpha, state_of, wrappers
+from ctxprune.retrofitting import gate_parameters, set_alpha, state_of, wrappers
 from kernels.soft_attention import reference
-from tests.models import FAMILIES, GPT2, LAYERS, WINDOW, gated, small_model, tokens
+from tests.models import FAMILIES, GPT2, LAYERS, WINDOW, gated, open_gates, small_model, tokens
 
 
 def soft_gradients(model, ids, **inputs) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def test_the_survival_of_the_first_layer_is_the_mean_of_i_over_the_visible_pairs
     survival = reference.survival(query, key, beta, 2.0, guard, end)
     pairs = 2 * (8 * 7 + 12 * 11) / 2
     assert state_of(model).survival[0].item() == pytest.approx(survival.tril(-1).sum().item() / pairs, rel=1e-5)
-    assert kept_share(model).item() == pytest.approx(sum(s.item() for s in state_of(model).survival) / LAYERS)
+    assert kept_share(model).item() == pytest.approx(sum(s.item() for s in state_of(model).survival.values()) / LAYERS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,7 +58,7 @@ def test_training_is_soft_evaluation_is_hard_and_every_parameter_learns(family):
 def test_soft_gates_all_open_are_the_dense_model(family):
     model, ids = gated(family), tokens(2, 20)
     set_alpha(model, 2.0)
-    all_open(model)
+    open_gates(model)
     with torch.no_grad():
         soft = model.train()(ids).logits
         assert torch.allclose(soft, small_model(family)(ids).logits, atol=1e-5)
@@ -68,7 +68,7 @@ def test_soft_gates_all_open_are_the_dense_model(family):
 def test_the_models_sliding_window_holds_in_every_mode(mode):
     """One layer sees WINDOW tokens, three see at most 3 (WINDOW - 1) back: an earlier token has no influence."""
     model, ids = gated("mistral-sliding"), tokens(1, 40)
-    all_open(model)
+    open_gates(model)
     other = ids.clone()
     other[0, 5] = (ids[0, 5] + 1) % 90
     reach = 5 + LAYERS * (WINDOW - 1)
@@ -125,10 +125,10 @@ def test_drops_propagated_in_depth_never_come_back(family):
     model, ids = gated(family, propagate_in_depth=True), tokens(2, 30)
     times = ctxprune.drop_times(model, ids).drop_time
     assert (times.diff(dim=0) <= 0).all() and (times.diff(dim=0) < 0).any()
-    state_of(model).record = []
+    state_of(model).record = {}
     with torch.no_grad():
         model.train()(ids)
-    beside_soft = torch.stack(state_of(model).record)
+    beside_soft = state_of(model).recorded()
     assert (beside_soft.diff(dim=0) <= 0).all(), "what the controller watches is what is deployed"
 
 

@@ -119,8 +119,8 @@ def test_gamma_stays_within_bounds():
 @pytest.mark.parametrize("solver", [window_for, strided_for])
 def test_fixed_patterns_realise_the_target_on_packed_documents(solver, target, sinks, recent):
     text = batches(1)
-    plan = layout(2, N, text[0].position_ids, None, torch.device("cpu"))
-    config = solver(target, plan.position, plan.end, LAYERS, sinks, recent)
+    plan = layout((2, N), text[0].position_ids, None, torch.device("cpu"))
+    config = solver(target, plan, LAYERS, sinks, recent)
     assert (config.sinks, config.recent) == (sinks, recent)
     model = ctxprune.retrofit(small_model(), config)
     # One key more or less per query in one layer of three is the finest step a fixed pattern has.
@@ -129,19 +129,19 @@ def test_fixed_patterns_realise_the_target_on_packed_documents(solver, target, s
 
 @pytest.mark.parametrize("solver", [window_for, strided_for])
 def test_a_budget_that_protected_tokens_exceed_is_refused(solver):
-    plan = layout(1, N, None, None, torch.device("cpu"))
+    plan = layout((1, N), None, None, torch.device("cpu"))
     with pytest.raises(UserError, match="drops 95%"):
-        solver(0.95, plan.position, plan.end, LAYERS, 8, 8)
+        solver(0.95, plan, LAYERS, 8, 8)
 
 
 def test_a_window_mixes_at_most_two_neighbouring_widths():
-    plan = layout(1, N, None, None, torch.device("cpu"))
+    plan = layout((1, N), None, None, torch.device("cpu"))
     for target in (0.1, 0.37, 0.62, 0.95):
-        widths = window_for(target, plan.position, plan.end, LAYERS, 0, 0).widths
+        widths = window_for(target, plan, LAYERS, 0, 0).widths
         assert len(widths) == LAYERS and max(widths) - min(widths) <= 1
 
 
 def test_a_strided_pattern_beyond_the_published_one_thins_its_lasting_tokens():
-    plan = layout(1, N, None, None, torch.device("cpu"))
-    assert set(strided_for(0.5, plan.position, plan.end, LAYERS, 0, 0).every) == {1}
-    assert set(strided_for(0.9, plan.position, plan.end, LAYERS, 0, 0).every) != {1}
+    plan = layout((1, N), None, None, torch.device("cpu"))
+    assert set(strided_for(0.5, plan, LAYERS, 0, 0).every) == {1}
+    assert set(strided_for(0.9, plan, LAYERS, 0, 0).every) != {1}

@@ -55,7 +55,7 @@ def test_logits_after_loading_are_bit_identical(family, tmp_path):
     assert torch.equal(back(ids).logits, model(ids).logits) and not back.training
     with ctxprune.mode(model, "soft"), ctxprune.mode(back, "soft"):
         assert torch.equal(back(ids).logits, model(ids).logits)
-    assert state_of(back).alpha == 3.0 and back.pruning_config == model.pruning_config
+    assert state_of(back).alpha == 3.0 and state_of(back).policy == state_of(model).policy
 
 
 @pytest.mark.parametrize("config", [ctxprune.WindowConfig((3, 4, 5), sinks=1), ctxprune.DenseConfig()])
@@ -64,7 +64,7 @@ def test_rules_without_gates_come_back_too(config, tmp_path):
     model, ids = ctxprune.retrofit(small_model(), config), tokens(1, 20)
     save(model, tmp_path / "model")
     back = load(tmp_path / "model")
-    assert back.pruning_config == config and torch.equal(back(ids).logits, model(ids).logits)
+    assert state_of(back).policy == config and torch.equal(back(ids).logits, model(ids).logits)
 
 
 @torch.no_grad()

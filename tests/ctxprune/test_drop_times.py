@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import ctxprune
 from ctxprune import DropTimes, UserError
 from ctxprune.drop_time import forward_with_drop_times
-from ctxprune.retrofitting import all_open, state_of
-from tests.models import LAYERS, gated, small_model, tokens
+from ctxprune.retrofitting import state_of
+from tests.models import LAYERS, gated, open_gates, small_model, tokens
 
 
 @st.composite
@@ -46,7 +46,7 @@ def test_sparsity_live_and_counts_are_those_of_brute_force(taken):
 
 def test_open_gates_drop_nothing():
     model = gated()
-    all_open(model)
+    open_gates(model)
     taken = ctxprune.drop_times(model, tokens(2, 20))
     assert taken.drop_time.shape == (LAYERS, 2, 20) and taken.document_end.unique().tolist() == [20]
     assert taken.sparsity().tolist() == [0.0] * LAYERS

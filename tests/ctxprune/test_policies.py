@@ -106,6 +106,8 @@ def test_unknown_policies_and_settings_are_refused_by_name():
         (lambda: StridedConfig((0,), (1,)), "equally long"),
         (lambda: ctxprune.retrofit(small_model(), WindowConfig((4, 4))), "one per layer"),
         (lambda: ctxprune.retrofit(small_model(), StridedConfig((4, 4), (1, 1))), "one per layer"),
+        (lambda: ctxprune.retrofit(small_model(), WindowConfig((4, 4, 4, 4))), "4 widths, the model 3 layers"),
+        (lambda: ctxprune.retrofit(small_model(), StridedConfig((4,) * 4, (1,) * 4)), "4 blocks, the model 3 layers"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(make, named):

@@ -10,7 +10,6 @@ import transformers as tf
 import ctxprune
 from ctxprune import GateConfig, UserError
 from ctxprune.retrofitting import (
-    all_open,
     freeze_backbone,
     gate_parameters,
     parameter_counts,
@@ -18,7 +17,7 @@ from ctxprune.retrofitting import (
     state_of,
     wrappers,
 )
-from tests.models import FAMILIES, GPT2, GROUPED, LAYERS, VOCAB, gated, small_model, tokens
+from tests.models import FAMILIES, GPT2, GROUPED, LAYERS, VOCAB, gated, open_gates, small_model, tokens
 
 REFUSED = {
     "bloom": (
@@ -57,7 +56,7 @@ def test_logits_stay_bit_identical_while_nothing_is_dropped(family):
     with ctxprune.mode(model, "dense"):
         assert torch.equal(model(ids).logits, before)
     assert torch.equal(model(ids).logits, hard)
-    all_open(model)
+    open_gates(model)
     assert torch.equal(model(ids).logits, before)
 
 

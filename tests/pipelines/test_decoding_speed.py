@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ctxprune.drop_time import drop_times
-from ctxprune.retrofitting import mode
+from ctxprune.retrofitting import mode, state_of
 from pipelines.decoding_speed import compare, decode
 from tests.models import LAYERS, gated, tokens
 
@@ -18,7 +18,7 @@ def test_the_dense_cache_holds_every_token_and_the_pruned_one_what_drop_times_le
     per_token = dense.live_bytes // (LAYERS * 3 * 40)
     assert record["cache_bytes_dense"] == dense.live_bytes == per_token * LAYERS * 3 * 40
     alive = int((drop_times(model, ids).drop_time >= 40).sum())
-    rank = model.pruning_config.rank
+    rank = state_of(model).policy.rank
     assert record["cache_bytes"] == alive * (per_token + rank * 4)
     assert record["cache_bytes"] < record["cache_bytes_dense"]
 

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from pipelines import page, table
+from tests.results import result, whole
 
 VOID = {"meta", "img", "source"}
 IMAGES = {"perplexity_vs_sparsity": (b"<svg light/>", b"<svg dark/>")}
@@ -35,21 +36,6 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def result(trial, model="tiny", policy="learned", target=0.8, perplexity=12.0, **changes):
-    return {
-        "trial": trial,
-        "model": model,
-        "policy": policy,
-        "sparsity_target": target,
-        "sparsity": target or 0.0,
-        "sparsity_per_layer": [0.25, 0.75],
-        "perplexity": perplexity,
-        "machine": {"cpu": "a cpu", "cores": 2},
-        "versions": {"torch": "2.13.0"},
-        "benchmark": {"batch": 32, "prompt": 128, "new_tokens": 64, "repeats": 3},
-    } | changes
-
-
 DENSE = result("d", policy="dense", target=None, perplexity=10.0)
 
 
@@ -63,13 +49,13 @@ def headline(*results):
 
 
 def test_every_element_is_closed_in_turn_and_no_placeholder_is_left():
-    reader = Reader(written([DENSE, result("l")], absent=["x"]))
+    reader = Reader(written([DENSE, whole("l")], absent=["x"]))
     assert reader.open == []
     assert "$" not in reader.text
 
 
 def test_data_stays_text_wherever_it_appears():
-    evil = result(EVIL, EVIL, EVIL, versions={EVIL: EVIL}, machine={"cpu": EVIL}, benchmark={"batch": EVIL})
+    evil = whole(EVIL, EVIL, EVIL, versions={EVIL: EVIL}, machine={"cpu": EVIL}, benchmark={"batch": EVIL})
     failure = {"trial": EVIL, "cause": EVIL, "log": EVIL, "step": EVIL}
     html = written([evil, evil], [failure], [EVIL], name=EVIL)
     reader = Reader(html)
@@ -155,10 +141,10 @@ def test_layers_are_bars_of_their_sparsity_and_dense_has_none():
 
 
 def test_each_machine_is_named_once():
-    other = result("b", machine={"cpu": "another cpu", "cores": 64, "gpu": "a gpu"})
-    lines = page.conditions([DENSE, result("a"), other])
+    other = whole("b", machine={"cpu": "another cpu", "cores": 64, "gpu": "a gpu"})
+    lines = page.conditions([whole("d", policy="dense"), whole("a"), other])
     assert [line for line in lines if line.startswith("Machine")] == [
-        "Machine: a cpu, 2 cores",
+        "Machine: a cpu, 2 cores, 8 GB memory, Linux",
         "Machine: another cpu, 64 cores, GPU a gpu",
     ]
     assert "Decoding: batch 32, 128 prompt tokens, 64 new tokens, 3 repeats" in lines

@@ -77,7 +77,7 @@ def binary_text(folder: Path) -> None:
         (other_family, "the family 'bloom' cannot be retrofitted"),
         (too_large_tokenizer, "the tokenizer in"),
         (few_positions, "has 64 positions, fewer than train.context=512"),
-        (not_a_model, "no causal language model could be read from"),
+        (not_a_model, "no model could be read from"),
         (pruned_already, "is a pruned model already"),
         (empty_text, "is empty"),
         (short_text, "fewer than train.context=512"),

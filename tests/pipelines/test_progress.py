@@ -27,3 +27,13 @@ def test_without_a_terminal_a_slow_task_says_how_long_it_will_take(monkeypatch, 
     lines = [record.getMessage() for record in caplog.records]
     assert lines and all(line.startswith("training: ") and " left" in line for line in lines)
     assert capsys.readouterr().out == ""
+
+
+def test_a_slow_start_does_not_count_in_the_time_left(monkeypatch, caplog):
+    clock = iter((100.0, 110.0, 120.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.Console, "is_terminal", False)
+    with caplog.at_level(logging.INFO), Bars() as bars, bars.task("training", 1000) as advance:
+        for done in (1, 6, 11):
+            advance(done)
+    assert [record.getMessage() for record in caplog.records] == ["training: 11 of 1000, about 32 min 58 s left"]

@@ -12,36 +12,7 @@ import pytest
 from ctxprune.errors import UserError
 from pipelines import canvas
 from pipelines.report import missing, read_failures, read_results, read_training, report
-
-
-def result(trial, model="tiny", policy="learned", target=0.8, **changes):
-    """A complete result.json; keyword arguments replace fields."""
-    perplexity = changes.pop("perplexity", 12.0)
-    return {
-        "trial": trial,
-        "model": model,
-        "policy": policy,
-        "sparsity_target": target,
-        "sparsity": target or 0.0,
-        "sparsity_per_layer": [target or 0.0] * 2,
-        "perplexity": perplexity,
-        "perplexity_soft": perplexity * 0.99 if policy == "learned" else None,
-        "perplexity_at": {"64": perplexity + 1, "128": perplexity},
-        "sparsity_at": {"64": target, "128": target},
-        "tokens_per_second": 200.0,
-        "tokens_per_second_dense": 100.0,
-        "tokens_per_second_spread": [190.0, 205.0],
-        "ms_per_token": 5.0,
-        "ms_per_token_dense": 10.0,
-        "cache_bytes": 1000,
-        "cache_bytes_dense": 4000,
-        "train_tokens": 4096,
-        "seed": 0,
-        "machine": {"cpu": "a cpu", "cores": 2, "memory_gb": 8, "gpu": None, "system": "Linux"},
-        "versions": {"torch": "2.13.0"},
-        "benchmark": {"batch": 32, "prompt": 128, "new_tokens": 64, "repeats": 3},
-        **changes,
-    }
+from tests.results import whole
 
 
 def write_sweep(folder, results, failures=(), absent=(), curves=()):
@@ -71,12 +42,12 @@ def undrawn(monkeypatch):
 @pytest.fixture
 def sweep(tmp_path):
     results = [
-        result("s8", policy="strided", perplexity=14.0),
-        result("w8", policy="window", perplexity=13.0),
-        result("l9", target=0.9, perplexity=12.9),
-        result("l8", perplexity=12.3),
-        result("d", policy="dense", target=None, perplexity=12.0),
-        result("big-d", model="big", policy="dense", target=None, perplexity=8.0),
+        whole("s8", policy="strided", perplexity=14.0),
+        whole("w8", policy="window", perplexity=13.0),
+        whole("l9", target=0.9, perplexity=12.9),
+        whole("l8", perplexity=12.3),
+        whole("d", policy="dense", target=None, perplexity=12.0),
+        whole("big-d", model="big", policy="dense", target=None, perplexity=8.0),
     ]
     failure = {"trial": "w9", "cause": "out of memory", "log": "runs/demo/w9/log.txt", "step": 40}
     return write_sweep(tmp_path / "demo", results, [failure], ["s9"], curves=["l8", "d"])
@@ -95,7 +66,7 @@ def test_each_planned_trial_is_finished_failed_or_missing_exactly_once(sweep):
 
 
 def test_a_trial_that_finished_after_a_failure_counts_as_finished(sweep):
-    (sweep / "w9" / "result.json").write_text(json.dumps(result("w9", policy="window", target=0.9)))
+    (sweep / "w9" / "result.json").write_text(json.dumps(whole("w9", policy="window", target=0.9)))
     assert read_failures(sweep) == []
     assert "w9" in [r["trial"] for r in read_results(sweep)]
 
@@ -156,10 +127,10 @@ def test_a_resumed_run_counts_each_step_once_and_a_torn_line_not_at_all(sweep):
 
 @pytest.mark.parametrize("value", [None, "absent", float("nan"), "text", 0])
 def test_no_field_of_a_result_is_needed_for_a_report(tmp_path, value):
-    whole = result("l8")
-    partial = {key: whole[key] if key in ("trial", "model", "policy") else value for key in whole}
+    full = whole("l8")
+    partial = {key: full[key] if key in ("trial", "model", "policy") else value for key in full}
     partial = {key: kept for key, kept in partial.items() if kept != "absent"}
-    folder = write_sweep(tmp_path / "demo", [partial, result("d", policy="dense", target=None)])
+    folder = write_sweep(tmp_path / "demo", [partial, whole("d", policy="dense", target=None)])
     out = io.StringIO()
     report(folder, json_lines=False, out=out)
     assert "learned" in out.getvalue()

@@ -9,17 +9,7 @@ import pytest
 from rich.console import Console
 
 from pipelines import table
-
-
-def result(trial, model="tiny", policy="learned", target=0.8, perplexity=12.0, **changes):
-    return {
-        "trial": trial,
-        "model": model,
-        "policy": policy,
-        "sparsity_target": target,
-        "sparsity": target or 0.0,
-        "perplexity": perplexity,
-    } | changes
+from tests.results import result
 
 
 def shown(made, width=200, **options):
