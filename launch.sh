@@ -19,6 +19,7 @@ usage: ./launch.sh [VERB [SETTING=VALUE ...]]
                ./launch.sh evaluate checkpoint=FOLDER evaluate.tokens=65536
   benchmark  decoding speed and memory, pruned against dense
                ./launch.sh benchmark checkpoint=FOLDER benchmark.batch=32
+               ./launch.sh benchmark target=kernels (one attention layer beside its peers)
   generate   continue a prompt
                ./launch.sh generate checkpoint=FOLDER generate.prompt='def main('
   report     table and plots of a sweep

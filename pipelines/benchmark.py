@@ -1,10 +1,13 @@
-"""How fast does a saved model decode, and how much memory does its cache take? Against itself without pruning."""
+"""How fast does a saved model decode, and how much memory does its cache take? Against itself without pruning.
+
+target=kernels times one attention layer against its peers instead (pipelines.kernel_benchmark).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines import output
+from pipelines import kernel_benchmark, output
 from pipelines.config import Config
 from pipelines.decoding_benchmark import measure
 from pipelines.evaluate import as_trained, corpus_for
@@ -14,7 +17,9 @@ from pipelines.progress import Bars
 
 
 def main(config: Config, overrides: list[str]) -> int:
-    """The verb: one record on stdout."""
+    """The verb: one record on stdout, or one per peer and problem for the kernels."""
+    if config.benchmark.target == "kernels":
+        return kernel_benchmark.main(config)
     folder = trained(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:

@@ -56,6 +56,16 @@ RANGES = {
     "benchmark.prompt": "[1, 1048576]",
     "benchmark.new_tokens": "[1, 1048576]",
     "benchmark.repeats": "[1, 1000]",
+    "kernels.lengths": "[1, 1048576]",
+    "kernels.batch": "[1, 4096]",
+    "kernels.heads": "[1, 1024]",
+    "kernels.kv_heads": "[1, 1024]",
+    "kernels.width": "[1, 256]",
+    "kernels.rank": "[1, 4096]",
+    "kernels.drops": "[0, 1)",
+    "kernels.alpha_start": "[1, 16]",
+    "kernels.alpha_end": "[1, 16]",
+    "kernels.largest_gb": "(0, 100000]",
     "generate.max_new_tokens": "[1, 1048576]",
     "generate.temperature": "[0, 100]",
     "generate.top_k": "[0, 1000000]",
@@ -68,6 +78,8 @@ WORDS = {
     "data.source": ("stdlib", "files", "hub"),
     "pruning.policy": ("dense", "learned", "window", "strided"),
     "engine.dtype": ("float32", "bfloat16"),
+    "benchmark.target": ("decoding", "kernels"),
+    "kernels.dtype": ("float32", "bfloat16", "float16"),
     "tracking.mode": ("offline", "online", "off"),
     "format": ("text", "json"),
 }
@@ -91,6 +103,9 @@ def check(config: Config, *, trial: bool = True) -> None:
     _check_model(config, trial)
     _check_schedule(config)
     _check_engine(config)
+    if config.kernels.heads % config.kernels.kv_heads:
+        heads = f"kernels.heads={config.kernels.heads}"
+        raise UserError(f"kernels.kv_heads={config.kernels.kv_heads} does not divide {heads}: change one of them")
     if trial:
         _check_data(config)
         _check_pruning(config)

@@ -44,7 +44,7 @@ def compose(verb: str, overrides: list[str]) -> Config:
     if folder is not None:
         config.runs, config.sweep.name = str(folder.parent), folder.name
     if verb in READS_CHECKPOINT:
-        _require_checkpoint(config)
+        _require_checkpoint(verb, config)
     if verb == "generate" and not config.generate.prompt.strip():
         raise UserError("generate.prompt is empty: give the text to continue")
     return config
@@ -228,9 +228,11 @@ def _absolute_paths(config: Config) -> None:
 
 
 def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | None]:
-    """checkpoint=FOLDER, and for report sweep=NAME_OR_FOLDER: the words without them, and the folder of the sweep."""
+    """checkpoint=FOLDER, benchmark target=NAME, and for report sweep=NAME_OR_FOLDER: the words in full without the
+    latter, and the folder of the sweep."""
     if verb in READS_CHECKPOINT:
-        return [re.sub(r"^checkpoint=", "generate.checkpoint=", word) for word in overrides], None
+        full = [re.sub(r"^checkpoint=", "generate.checkpoint=", word) for word in overrides]
+        return [re.sub(r"^target=", "benchmark.target=", word) for word in full], None
     if verb != "report":
         return overrides, None
     words = [word for word in overrides if not word.startswith(("sweep=", "sweep.name="))]
@@ -247,8 +249,10 @@ def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | Non
     raise UserError(f"no sweep {one_line(name)!r} in {runs}; {hint}")
 
 
-def _require_checkpoint(config: Config) -> None:
+def _require_checkpoint(verb: str, config: Config) -> None:
     folder = config.generate.checkpoint
+    if verb == "benchmark" and config.benchmark.target == "kernels":
+        return
     if not folder:
         raise UserError("which model? give checkpoint=FOLDER, written by train or sweep")
     if not Path(folder).is_dir():

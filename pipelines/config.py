@@ -169,8 +169,10 @@ class EvaluateConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """Real decoding with the dropped keys physically gone."""
+    """What is timed: a saved model's decoding with the dropped keys physically gone, or the kernels alone."""
 
+    target: str = "decoding"
+    """decoding (of checkpoint=FOLDER) or kernels."""
     batch: int = 32
     """Sequences decoded together."""
     prompt: int = 128
@@ -179,6 +181,34 @@ class BenchmarkConfig:
     """Tokens decoded per sequence."""
     repeats: int = 3
     """Timed repetitions, pruned and dense in turn; the median counts."""
+
+
+@dataclass
+class KernelsConfig:
+    """One attention layer on random inputs, for benchmark target=kernels."""
+
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096])
+    """Tokens per row."""
+    batch: int = 1
+    """Rows."""
+    heads: int = 12
+    """Query heads."""
+    kv_heads: int = 12
+    """Key/value heads."""
+    width: int = 64
+    """Numbers per head."""
+    rank: int = 64
+    """Width of the interaction queries and keys."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    drops: list[float] = field(default_factory=lambda: [0.0, 0.9])
+    """Shares of the context dropped, in [0, 1); 0 is the start of training."""
+    alpha_start: float = 1.1
+    """Sharpness of the gates where nothing is dropped."""
+    alpha_end: float = 8.0
+    """Sharpness of the gates elsewhere."""
+    largest_gb: float = 12.0
+    """Memory, in GB (1e9 bytes), beyond which peers with n x n tensors are left out."""
 
 
 @dataclass
@@ -225,6 +255,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     runs: str = "runs"
