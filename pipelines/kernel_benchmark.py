@@ -14,14 +14,15 @@ import torch
 import kernels
 from pipelines import output
 from pipelines.config import Config, KernelsConfig
-from pipelines.kernel_peers import Peer, Problem, peers
+from pipelines.kernel_peers import Peer, Problem, peers, reference_made_strong
 from pipelines.machine import machine, versions
 from pipelines.progress import Bars
 
 PARITY_TOKENS = 96
 """Tokens of the problem on which our results are held against the float64 reference before anything is timed."""
 PARITY = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 6e-3}
-"""Largest error over the largest entry, outputs and gradients."""
+"""Largest error over the largest entry, outputs and gradients; twice that of the n x n form in the same precision where
+that is more: with sharp gates the rounding of their logits decides."""
 SEED = 0
 
 
@@ -29,16 +30,13 @@ def main(config: Config) -> int:
     """Emit one record per peer, problem and pass; 1 where our own results are wrong (nothing is timed then)."""
     settings = config.kernels
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wrong = disagreement(settings, device)
-    if wrong > PARITY[settings.dtype]:
-        record = {"kind": "parity", "passed": False, "error": wrong, "allowed": PARITY[settings.dtype]}
-        output.emit(record, config.format, f"parity FAILED: error {wrong:.1e}, nothing was timed")
+    wrong, allowed = disagreement(settings, device)
+    record = {"kind": "parity", "passed": wrong <= allowed, "error": wrong, "allowed": allowed}
+    measure = f"largest error {wrong:.1e} (output and every gradient), allowed {allowed:.1e}"
+    if wrong > allowed:
+        output.emit(record, config.format, f"parity FAILED: {measure}; nothing was timed")
         return 1
-    output.emit(
-        {"kind": "parity", "passed": True, "error": wrong},
-        config.format,
-        f"parity with the float64 reference: largest error {wrong:.1e} (output and every gradient)\n{_head()}",
-    )
+    output.emit(record, config.format, f"parity with the float64 reference: {measure}\n{_head()}")
     with Bars() as bars, bars.task("kernels (problems)", len(settings.lengths) * len(settings.drops)) as advance:
         for done, (n, dropped) in enumerate((n, d) for n in settings.lengths for d in settings.drops):
             for record in measured(settings, n, dropped, config.benchmark.repeats, device):
@@ -96,20 +94,27 @@ def _share_dropped(interaction_query: torch.Tensor, interaction_key: torch.Tenso
     return 1.0 - alive.double().sum().item() / (len(alive) * max(1, n * (n - 1) // 2))
 
 
-def disagreement(settings: KernelsConfig, device: torch.device) -> float:
-    """Largest error of our output and gradients over the largest entry, against the float64 reference."""
-    dtype, worst = getattr(torch, settings.dtype), 0.0
+def disagreement(settings: KernelsConfig, device: torch.device) -> tuple[float, float]:
+    """Largest error of our output and gradients over the largest entry, against the float64 reference, and the error
+    allowed."""
+    dtype, wrong, allowed = getattr(torch, settings.dtype), 0.0, PARITY[settings.dtype]
+    plain = Peer("", reference_made_strong, True)
+    reference = Peer("", lambda p: kernels.pruned_attention(*p.tensors(), p.alpha, impl="reference"), True)
     for dropped in settings.drops:
         given = problem(dataclasses.replace(settings, batch=2), PARITY_TOKENS, dropped, device, dtype)
+        exact = _results(reference, given)
+        allowed = max(allowed, 2 * _largest_error(_results(plain, given), exact))
         ours = [peer for peer in peers(device) if peer.name.startswith("ctxprune")]
-        exact = _results(
-            Peer("", lambda p: kernels.pruned_attention(*p.tensors(), p.alpha, impl="reference"), True), given
-        )
-        for peer in ours:
-            for got, wanted in zip(_results(peer, given), exact, strict=True):
-                error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1.0)
-                worst = max(worst, error.nan_to_num(torch.inf).item())
-    return worst
+        wrong = max([wrong, *(_largest_error(_results(peer, given), exact) for peer in ours)])
+    return wrong, allowed
+
+
+def _largest_error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    errors = [
+        (one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1.0)
+        for one, other in zip(found, exact, strict=True)
+    ]
+    return max(error.nan_to_num(torch.inf).item() for error in errors)
 
 
 def measured(
