@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from typing import Literal
 
 import torch
@@ -20,11 +23,36 @@ from kernels.sigmoid import torch_path as _alpha_torch
 from kernels.soft_attention import reference as _soft_reference
 from kernels.soft_attention import torch_path as _soft_torch
 
-Impl = Literal["auto", "reference", "torch"]
+
+
+def _triton(folder: str, operation: str):
+    """The operation in kernels/<folder>/triton_path.py, imported when it is first called: Triton may be missing."""
+
+    def run(*arguments):
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("impl='triton': the package triton is not installed; take impl='torch'")
+        return getattr(importlib.import_module(f"kernels.{folder}.triton_path"), operation)(*arguments)
+
+    return run
+
+
+Impl = Literal["auto", "reference", "torch", "triton"]
 IMPLEMENTATIONS: dict[str, dict[str, object]] = {
-    "alpha_sigmoid": {"reference": _alpha_reference.alpha_sigmoid, "torch": _alpha_torch.alpha_sigmoid},
-    "pruned_attention": {"reference": _soft_reference.pruned_attention, "torch": _soft_torch.pruned_attention},
-    "drop_times": {"reference": _times_reference.drop_times, "torch": _times_torch.drop_times},
+    "alpha_sigmoid": {
+        "reference": _alpha_reference.alpha_sigmoid,
+        "torch": _alpha_torch.alpha_sigmoid,
+        "triton": _triton("sigmoid", "alpha_sigmoid"),
+    },
+    "pruned_attention": {
+        "reference": _soft_reference.pruned_attention,
+        "torch": _soft_torch.pruned_attention,
+        "triton": _triton("soft_attention", "pruned_attention"),
+    },
+    "drop_times": {
+        "reference": _times_reference.drop_times,
+        "torch": _times_torch.drop_times,
+        "triton": _triton("liveness", "drop_times"),
+    },
     "drop_time_attention": {
         "reference": _hard_reference.drop_time_attention,
         "torch": _hard_torch.drop_time_attention,
@@ -132,18 +160,35 @@ def drop_time_attention(
 
 
 def describe() -> list[dict[str, object]]:
-    """One record per operation and implementation: what runs here, and why not."""
-    where = "CUDA and CPU" if torch.cuda.is_available() else "CPU (no CUDA device)"
+    """One record per operation and implementation: what runs here, and why not. `auto` takes torch everywhere: no
+    Triton kernel has been seen to agree with the reference on a device yet."""
+    cuda = torch.cuda.is_available()
+    where = "CUDA and CPU" if cuda else "CPU (no CUDA device)"
+    state = {
+        "reference": (True, "float64, for tests"),
+        "torch": (True, f"{where}, float64/float32/bfloat16/float16"),
+        "triton": _triton_state(cuda),
+    }
     return [
         {
             "operation": operation,
             "implementation": name,
-            "available": True,
-            "reason": "float64, for tests" if name == "reference" else f"{where}, float64/float32/bfloat16/float16",
+            "available": state[name][0],
+            "reason": state[name][1],
         }
         for operation, implementations in IMPLEMENTATIONS.items()
         for name in implementations
     ]
+
+
+def _triton_state(cuda: bool) -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "interpreted in Python (TRITON_INTERPRET=1), for tests"
+    if not cuda:
+        return False, "no CUDA device; TRITON_INTERPRET=1 interprets it, slowly"
+    return True, "CUDA, float32/bfloat16/float16; on request only"
 
 
 def _pick(operation: str, impl: str):

@@ -15,7 +15,8 @@ STEEP_ALPHA = 5.0
 
 
 def alpha_sigmoid(x: Tensor, alpha: float) -> Tensor:
-    """Keep probability sigma_alpha(x) with its derivative for autograd; x: any shape, float32 or float64."""
+    """Keep probability sigma_alpha(x) with its derivative for autograd; x: any shape; half precision is
+    solved in float32."""
     return _AlphaSigmoid.apply(x, alpha)
 
 
@@ -71,12 +72,13 @@ def _start(y: Tensor, log_u: Tensor, e: float) -> Tensor:
 class _AlphaSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, alpha: float) -> Tensor:
-        log_gate, slope = log_alpha_sigmoid(x, alpha)
+        # In half precision a small gate's logarithm would keep two digits.
+        log_gate, slope = log_alpha_sigmoid(x.to(torch.promote_types(x.dtype, torch.float32)), alpha)
         gate = torch.exp(log_gate)
         ctx.save_for_backward(gate * slope)
-        return gate
+        return gate.to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (derivative,) = ctx.saved_tensors
-        return gradient * derivative, None
+        return (gradient * derivative).to(gradient.dtype), None

@@ -41,6 +41,14 @@ def test_the_error_against_the_reference_is_at_rounding_level(alpha, dtype):
     assert (fast - exact).abs().max().item() <= LARGEST_ERROR[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_only_the_result(dtype):
+    x = grid(1.5).to(dtype).requires_grad_()
+    gate = kernels.alpha_sigmoid(x, 1.5)
+    assert gate.dtype == dtype and torch.autograd.grad(gate.sum(), x)[0].dtype == dtype
+    assert torch.equal(gate, kernels.alpha_sigmoid(x.detach().float(), 1.5).to(dtype))
+
+
 @pytest.mark.parametrize("alpha", [1.1, 1.37, 1.9, 2.2, 3.3, 6.0, 8.0, 15.5])
 def test_reference_and_fast_path_solve_the_defining_equation_in_40_digits(alpha):
     generator = torch.Generator().manual_seed(int(alpha * 100))
