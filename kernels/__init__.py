@@ -24,7 +24,6 @@ from kernels.soft_attention import reference as _soft_reference
 from kernels.soft_attention import torch_path as _soft_torch
 
 
-
 def _triton(folder: str, operation: str):
     """The operation in kernels/<folder>/triton_path.py, imported when it is first called: Triton may be missing."""
 

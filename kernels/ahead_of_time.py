@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Shipped:
     name: str
     function: Any
     signature: dict[str, str]
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     warps: int
     stages: int
     families: tuple[str, ...] = FAMILIES
@@ -101,7 +101,7 @@ def measure(shipped: Shipped, architecture: str) -> Compiled:
     return Compiled(**read, shared=compiled.metadata.shared, dots=len(dots))
 
 
-def _constants(shipped: Shipped, architecture: str) -> dict[str, object]:
+def _constants(shipped: Shipped, architecture: str) -> Mapping[str, object]:
     if architecture.startswith("sm_"):
         return shipped.constants
     return {name: WITHOUT_NVIDIA.get(name, value) for name, value in shipped.constants.items()}
@@ -142,9 +142,9 @@ def measured(shipped: Shipped, architecture: str) -> Compiled | str:
     """The same from Triton's cache folder, or in a process of its own; a string says why it does not compile."""
     from triton import __version__, knobs
 
+    constants = sorted(_constants(shipped, architecture).items())
     asked = (__version__, architecture, shipped.function.cache_key, shipped.signature, shipped.warps, shipped.stages)
-    asked += (sorted(_constants(shipped, architecture).items()),)
-    key = hashlib.sha256(repr(asked).encode()).hexdigest()
+    key = hashlib.sha256(repr((*asked, constants)).encode()).hexdigest()
     stored = Path(knobs.cache.dir) / f"ahead_of_time_{key}.json"
     if stored.exists():
         return Compiled(**json.loads(stored.read_text()))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ahead_of_time import Shipped
-from kernels.soft_attention.triton_forward import NUMBERS, STRIDES
+from kernels.ahead_of_time import FAMILIES, Shipped
+from kernels.soft_attention.triton_forward import NUMBERS, SHAPES, STRIDES
 from kernels.soft_attention.triton_tiles import (
     add_rows,
     head_base,
@@ -93,7 +93,10 @@ def _key_tile(
     key_carry, local, score_scale, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CHANGING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_keys + dS^T Q and d_values + P^T dO of one tile, keys by queries."""
+    """d_keys + dS^T Q and d_values + P^T dO of one tile, keys by queries.
+
+    Queries and d_seen are loaded both ways round: transposing what is in registers takes so many that they spill.
+    """
     queries = load_columns(query_base, row, query_stride, n, WIDTH, PADDED, UPCAST)
     d_seen = load_rows(d_seen_base, row, d_seen_stride, n, WIDTH, PADDED, UPCAST)
     row_sum = tl.load(log_sum + row, mask=row < n, other=NO_ROW)
@@ -103,8 +106,10 @@ def _key_tile(
         scores += load_bias(local, ROWS, KEYS, True)
     weights = tl.exp2(scores - row_sum[None, :])
     d_values = tl.dot(weights.to(d_seen.dtype), d_seen, d_values, input_precision=PRECISION)
-    d_scores = weights * (tl.dot(values, tl.trans(d_seen), input_precision=PRECISION) - row_delta[None, :])
-    d_keys = tl.dot(d_scores.to(queries.dtype), tl.trans(queries), d_keys, input_precision=PRECISION)
+    across = load_columns(d_seen_base, row, d_seen_stride, n, WIDTH, PADDED, UPCAST)
+    d_scores = weights * (tl.dot(values, across, input_precision=PRECISION) - row_delta[None, :])
+    down = load_rows(query_base, row, query_stride, n, WIDTH, PADDED, UPCAST)
+    d_keys = tl.dot(d_scores.to(queries.dtype), down, d_keys, input_precision=PRECISION)
     return d_keys, d_values
 
 
@@ -115,12 +120,12 @@ def key_gradient_kernel(
     value_batch_stride, value_head_stride, value_stride, d_output_batch_stride, d_output_head_stride, d_output_stride,
     heads, groups, n, first_block, row_blocks, blocks, key_blocks, score_scale, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds to d_key and d_value (batch, kv heads, n, WIDTH, float32) what the row blocks of this pass want.
 
     Grid: kv heads x key blocks x batch. order (batch, key blocks, blocks): for each key block first the `mixed`, then
-    the `constant` row blocks.
+    the `constant` row blocks. Tiles are taken in PARTS of their rows: two accumulators leave registers for half a tile.
     """
     kv_head, key_block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = batch * key_blocks + key_block
@@ -145,29 +150,45 @@ def key_gradient_kernel(
         query_base = head_base(query, batch, query_batch_stride, head, query_head_stride)
         d_seen_base = head_base(d_output, batch, d_output_batch_stride, head, d_output_head_stride)
         own = (batch * heads + head) * n
-        for item in range(changing):
-            block = tl.load(todo + item)
-            tile = tile_base(local, batch, blocks, block, key_blocks, key_block, ROWS, KEYS)
+        for item in range(changing * PARTS):
+            block, part = tl.load(todo + item // PARTS), item % PARTS * (ROWS // PARTS)
+            tile = tile_base(local, batch, blocks, block, key_blocks, key_block, ROWS, KEYS) + part * KEYS
             d_keys, d_values = _key_tile(
                 d_keys, d_values, keys, values, query_base, query_stride, d_seen_base, d_output_stride,
-                (first_block + block) * ROWS + tl.arange(0, ROWS), n, log_sum + own, delta + own,
+                (first_block + block) * ROWS + part + tl.arange(0, ROWS // PARTS), n, log_sum + own, delta + own,
                 tl.load(carry + block * width), tile,
-                score_scale, WIDTH, PADDED, ROWS, KEYS, True, PRECISION, UPCAST,
+                score_scale, WIDTH, PADDED, ROWS // PARTS, KEYS, True, PRECISION, UPCAST,
             )  # fmt: skip
-        for item in range(changing, stop):
-            block = tl.load(todo + item)
+        for item in range(changing * PARTS, stop * PARTS):
+            block, part = tl.load(todo + item // PARTS), item % PARTS * (ROWS // PARTS)
             d_keys, d_values = _key_tile(
                 d_keys, d_values, keys, values, query_base, query_stride, d_seen_base, d_output_stride,
-                (first_block + block) * ROWS + tl.arange(0, ROWS), n, log_sum + own, delta + own,
+                (first_block + block) * ROWS + part + tl.arange(0, ROWS // PARTS), n, log_sum + own, delta + own,
                 tl.load(carry + block * width), local,
-                score_scale, WIDTH, PADDED, ROWS, KEYS, False, PRECISION, UPCAST,
+                score_scale, WIDTH, PADDED, ROWS // PARTS, KEYS, False, PRECISION, UPCAST,
             )  # fmt: skip
     own = (batch * tl.num_programs(0) + kv_head) * n * WIDTH
     add_rows(d_key + own, column, WIDTH, n, d_keys * scale, WIDTH, PADDED)
     add_rows(d_value + own, column, WIDTH, n, d_values, WIDTH, PADDED)
 
 
-def _shipped(kernel, pointers: dict[str, str], dtype: str, width: int, warps: int, stages: int) -> Shipped:
+QUERY_LAUNCH = (4, 3)
+"""Warps and tiles in flight."""
+
+PARTS = 2
+"""Parts of a tile in key_gradient_kernel."""
+
+
+def key_launch(width: int, generation: str) -> tuple[int, int]:
+    """Warps and tiles in flight of key_gradient_kernel: those without spills."""
+    if generation == "cdna":
+        return 4, 2
+    if width > 64:
+        return 8, 2
+    return 4, 3 if generation == "ampere" else 2
+
+
+def _shipped(kernel, pointers: dict[str, str], dtype: str, width: int, launch: tuple[int, int], **more) -> Shipped:
     strides = (*STRIDES, *(f"d_output_{axis}stride" for axis in ("batch_", "head_", "")))
     signature = {
         **pointers,
@@ -176,26 +197,23 @@ def _shipped(kernel, pointers: dict[str, str], dtype: str, width: int, warps: in
         "scale": "fp32",
     }
     constants = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": 64, "KEYS": 64}
+    constants |= {"PARTS": PARTS} if kernel is key_gradient_kernel else {}
     constants |= {"PRECISION": "tf32", "UPCAST": False}
-    return Shipped(f"{kernel.__name__} width={width} {dtype}", kernel, signature, constants, warps, stages)
+    return Shipped(f"{kernel.__name__} width={width} {dtype}", kernel, signature, constants, *launch, **more)
 
 
 def shipped() -> list[Shipped]:
-    """Widths 64, 80 and 128 with tiles 64 x 64, float16 and bfloat16."""
+    """Every width's tile 64 x 64 in bfloat16, and width 64 in float16."""
     lists = dict.fromkeys(("order", "mixed", "constant"), "*i32")
     found = []
-    for width in (64, 80, 128):
-        for dtype in ("fp16", "bf16"):
-            inputs = dict.fromkeys(("query", "key", "value"), f"*{dtype}")
-            bias = {"carries": "*fp32", "local": "*fp16", **lists}
-            sums = dict.fromkeys(("log_sum", "delta"), "*fp32")
-            pointers = {**inputs, "output": f"*{dtype}", "d_output": f"*{dtype}", **sums, "d_query": f"*{dtype}"}
-            found.append(_shipped(query_gradient_kernel, pointers | bias, dtype, width, *QUERY_LAUNCH))
-            pointers = {**inputs, "d_output": f"*{dtype}", **sums, "d_key": "*fp32", "d_value": "*fp32"}
-            found.append(_shipped(key_gradient_kernel, pointers | bias, dtype, width, *KEY_LAUNCH))
+    for width, dtype in SHAPES:
+        inputs = dict.fromkeys(("query", "key", "value"), f"*{dtype}")
+        bias = {"carries": "*fp32", "local": "*fp16", **lists}
+        sums = dict.fromkeys(("log_sum", "delta"), "*fp32")
+        pointers = {**inputs, "output": f"*{dtype}", "d_output": f"*{dtype}", **sums, "d_query": f"*{dtype}"}
+        found.append(_shipped(query_gradient_kernel, pointers | bias, dtype, width, QUERY_LAUNCH))
+        pointers = {**inputs, "d_output": f"*{dtype}", **sums, "d_key": "*fp32", "d_value": "*fp32"} | bias
+        for generation in FAMILIES:
+            launch = key_launch(width, generation)
+            found.append(_shipped(key_gradient_kernel, pointers, dtype, width, launch, families=(generation,)))
     return found
-
-
-QUERY_LAUNCH = (4, 3)
-KEY_LAUNCH = (4, 2)
-"""Warps and tiles in flight."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ahead_of_time import Shipped
+from kernels.ahead_of_time import FAMILIES, Shipped
 from kernels.soft_attention.triton_backward import NO_ROW
-from kernels.soft_attention.triton_forward import NUMBERS, STRIDES
+from kernels.soft_attention.triton_forward import NUMBERS, SHAPES, STRIDES
 from kernels.soft_attention.triton_tiles import (
     DEAD,
     MIXED,
@@ -154,31 +154,37 @@ def gate_key_gradient_kernel(
     add_rows(d_interaction_key + batch * n * RANK, column, RANK, n, gradient * gate_scale, RANK, PADDED_RANK)
 
 
-WANTED_LAUNCH = (8, 2)
 GATE_LAUNCH = (4, 2)
 """Warps and tiles in flight."""
+
+
+def wanted_launch(generation: str) -> tuple[int, int]:
+    """Warps and tiles in flight of wanted_kernel: those without spills."""
+    return (4, 2) if generation == "cdna" else (8, 2)
+
 
 SUFFIX_WARPS = 2
 """64 keys side by side: more would idle."""
 
 
 def shipped() -> list[Shipped]:
-    """Widths 64, 80 and 128 with tiles 64 x 64, float16 and bfloat16; rank 64."""
+    """Every width's tile 64 x 64 in bfloat16, and width 64 in float16; rank 64."""
     constants = {"ROWS": 64, "KEYS": 64, "PRECISION": "tf32", "UPCAST": False}
     found = []
-    for width in (64, 80, 128):
-        for dtype in ("fp16", "bf16"):
-            signature = {
-                **dict.fromkeys(("query", "key", "value", "d_output"), f"*{dtype}"),
-                **dict.fromkeys(("log_sum", "delta", "d_alive", "carries"), "*fp32"),
-                **{"tile_class": "*i32", "local": "*fp16", "wanted": "*fp32", "column_sum": "*fp32"},
-                **dict.fromkeys(STRIDES + tuple(f"d_output_{axis}stride" for axis in ("batch_", "head_", "")), "i32"),
-                **dict.fromkeys(NUMBERS, "i32"),
-                "score_scale": "fp32",
-            }
-            shape = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), **constants}
-            name = f"wanted_kernel width={width} {dtype}"
-            found.append(Shipped(name, wanted_kernel, signature, shape, *WANTED_LAUNCH))
+    for width, dtype in SHAPES:
+        signature = {
+            **dict.fromkeys(("query", "key", "value", "d_output"), f"*{dtype}"),
+            **dict.fromkeys(("log_sum", "delta", "d_alive", "carries"), "*fp32"),
+            **{"tile_class": "*i32", "local": "*fp16", "wanted": "*fp32", "column_sum": "*fp32"},
+            **dict.fromkeys(STRIDES + tuple(f"d_output_{axis}stride" for axis in ("batch_", "head_", "")), "i32"),
+            **dict.fromkeys(NUMBERS, "i32"),
+            "score_scale": "fp32",
+        }
+        shape = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), **constants}
+        name = f"wanted_kernel width={width} {dtype}"
+        for generation in FAMILIES:
+            launch = wanted_launch(generation)
+            found.append(Shipped(name, wanted_kernel, signature, shape, *launch, families=(generation,)))
     numbers = dict.fromkeys(("n", "first_block", "row_blocks", "blocks", "key_blocks"), "i32") | {"gate_scale": "fp32"}
     tiles = dict.fromkeys(("wanted", "slope", "later"), "*fp32")
     lists = dict.fromkeys(("order", "mixed"), "*i32")

@@ -6,6 +6,7 @@ Two operators, forward and backward, registered with torch so that torch.compile
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from kernels.sigmoid.triton_ops import family
 from kernels.sigmoid.triton_path import check_device, has_ptx, on_device
 from kernels.soft_attention import triton_backward, triton_forward, triton_gate_backward, triton_gates
-from kernels.soft_attention.triton_shape import Shape, new_tiles, strides_of, tile_lists
+from kernels.soft_attention.triton_shape import Shape, generation, new_tiles, strides_of, tile_lists
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -89,7 +90,7 @@ def forward_operator(
     """output, alive; and for the backward pass log2 of the softmax's denominators (batch, heads, n), the carries
     (batch, row blocks, keys) and the tiles' classes (batch, row blocks, key blocks)."""
     shape = Shape.of(query, key, interaction_query, rows, keys)
-    new = {"dtype": torch.float32, "device": query.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     output, log_sum, carries, tile_class = _outputs(query, shape)
     carry = torch.zeros(shape.batch, shape.padded, **new)
     alive = torch.zeros(shape.batch, shape.key_blocks, **new)
@@ -197,12 +198,13 @@ def backward_operator(
                 query, key, value, output, d_output, *softmax, d_query, carries, local, *lists,
                 *strides, *numbers, *scales, **shape.attention(), num_warps=warps, num_stages=stages,
             )  # fmt: skip
-            warps, stages = triton_backward.KEY_LAUNCH
+            warps, stages = triton_backward.key_launch(shape.width, generation(query.device))
             triton_backward.key_gradient_kernel[(key.shape[1], shape.key_blocks, shape.batch)](
                 query, key, value, d_output, *softmax, d_key, d_value, carries, local, *across,
-                *strides, *numbers, *scales, **shape.attention(), num_warps=warps, num_stages=stages,
+                *strides, *numbers, *scales, **shape.attention(), PARTS=triton_backward.PARTS,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
-            warps, stages = triton_gate_backward.WANTED_LAUNCH
+            warps, stages = triton_gate_backward.wanted_launch(generation(query.device))
             triton_gate_backward.wanted_kernel[(blocks, shape.key_blocks, shape.batch)](
                 query, key, value, d_output, *softmax, d_alive, carries, tile_class, local, wanted, column_sum,
                 *strides, *numbers, scales[0], **shape.attention(), num_warps=warps, num_stages=stages,

@@ -96,3 +96,11 @@ def strides_of(*tensors: Tensor) -> list[int]:
 def new_tiles(shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A workspace of tiles, not initialised: what is read is what was written."""
     return torch.empty(shape.batch, blocks, shape.key_blocks, shape.rows, shape.keys, dtype=dtype, device=device)
+
+
+def generation(device: torch.device) -> str:
+    """Whose launch parameters a device takes: a family of kernels.ahead_of_time."""
+    if torch.version.hip is not None:
+        return "cdna"
+    newer = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return "hopper" if newer else "ampere"

@@ -7,10 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
+from kernels.soft_attention import triton_path
 from tests.kernels.problems import assert_same, documents, eager, inputs, run
-
-pytest.importorskip("triton")
-from kernels.soft_attention import triton_path  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = (16, 16)

@@ -7,11 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import kernels
+from kernels.liveness import triton_path as times_path
 from tests.kernels.test_alpha_sigmoid import ALPHAS, SPARSE, edge, grid
 from tests.kernels.test_drop_times import by_definition, gates
-
-pytest.importorskip("triton")
-from kernels.liveness import triton_path as times_path  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
