@@ -14,6 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels import checks
+from kernels.decode import reference as _decode_reference
+from kernels.decode import torch_path as _decode_torch
+from kernels.decode.pages import NEVER, Pages
 from kernels.hard_attention import reference as _hard_reference
 from kernels.hard_attention import torch_path as _hard_torch
 from kernels.liveness import reference as _times_reference
@@ -55,9 +59,14 @@ IMPLEMENTATIONS: dict[str, dict[str, object]] = {
     "drop_time_attention": {
         "reference": _hard_reference.drop_time_attention,
         "torch": _hard_torch.drop_time_attention,
+        "triton": _triton("hard_attention", "drop_time_attention"),
+    },
+    "decode_attention": {
+        "reference": _decode_reference.decode_attention,
+        "torch": _decode_torch.decode_attention,
+        "triton": _triton("decode", "decode_attention"),
     },
 }
-MAX_ALPHA = 16.0
 
 
 def alpha_sigmoid(x: Float[Tensor, ...], alpha: float, *, impl: Impl = "auto") -> Float[Tensor, ...]:
@@ -66,7 +75,8 @@ def alpha_sigmoid(x: Float[Tensor, ...], alpha: float, *, impl: Impl = "auto") -
     Exactly 0 for x <= -1/(alpha-1), exactly 1 for x >= 1/(alpha-1), logistic at alpha = 1. Same shape as x.
     Raises ValueError if alpha is outside [1, 16].
     """
-    _check_alpha(alpha)
+    checks.alpha(alpha)
+    checks.dtypes(checks.FLOATS, x=x)
     return _pick("alpha_sigmoid", impl)(x, alpha)
 
 
@@ -94,10 +104,11 @@ def pruned_attention(
     Returns the output and, per row of the batch, the sum of I over the visible pairs j < k < end[j], for the sparsity
     regulariser. Differentiable in the first six arguments. Raises ValueError on shapes that do not fit.
     """
-    _check_alpha(alpha)
-    _check_attention(query, key, value)
-    _check_interaction(interaction_query, interaction_key, query.shape[0], query.shape[2])
-    guard, end = _defaults(guard, end, query.shape[0], query.shape[2], query.device)
+    checks.alpha(alpha)
+    checks.attention(query, key, value)
+    checks.interaction(interaction_query, interaction_key, beta, query.shape[0], query.shape[2])
+    checks.devices(query=query, interaction_query=interaction_query)
+    guard, end = _defaults(guard, end, interaction_query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _pick("pruned_attention", impl)(
         query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale
@@ -115,9 +126,10 @@ def log_survival(
 ) -> Float[Tensor, "batch n n"]:
     """log I[k, j] itself, differentiable: n x n numbers, for drops that accumulate over depth. Entries with j > k
     are 0."""
-    _check_alpha(alpha)
+    checks.alpha(alpha)
     batch, n = interaction_query.shape[:2]
-    guard, end = _defaults(guard, end, batch, n, interaction_query.device)
+    checks.interaction(interaction_query, interaction_key, beta, batch, n)
+    guard, end = _defaults(guard, end, interaction_query)
     return _soft_torch.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
 
 
@@ -136,8 +148,8 @@ def drop_times(
     Key j is visible to query k iff j <= k < drop_times[j]; never dropped reads as end[j] (n by default).
     """
     batch, n = interaction_query.shape[:2]
-    _check_interaction(interaction_query, interaction_key, batch, n)
-    guard, end = _defaults(guard, end, batch, n, interaction_query.device)
+    checks.interaction(interaction_query, interaction_key, beta, batch, n)
+    guard, end = _defaults(guard, end, interaction_query)
     return _pick("drop_times", impl)(interaction_query, interaction_key, beta, guard, end)
 
 
@@ -151,11 +163,44 @@ def drop_time_attention(
     impl: Impl = "auto",
 ) -> Float[Tensor, "batch heads n width"]:
     """Causal attention in which query k sees key j iff j <= k < drop_time[j]; one drop time per key or per KV head."""
-    _check_attention(query, key, value)
-    if drop_time.shape not in ((query.shape[0], query.shape[2]), (query.shape[0], key.shape[1], query.shape[2])):
-        raise ValueError(f"drop_time has shape {tuple(drop_time.shape)}; want (batch, n) or (batch, kv_heads, n)")
+    checks.attention(query, key, value)
+    checks.drop_time(drop_time, query, key)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _pick("drop_time_attention", impl)(query, key, value, drop_time, scale)
+
+
+def decode_attention(
+    query: Float[Tensor, "rows heads width"],
+    key: Float[Tensor, "rows kv_heads width"],
+    value: Float[Tensor, "rows kv_heads width"],
+    interaction_query: Float[Tensor, "rows rank"] | None,
+    interaction_key: Float[Tensor, "rows rank"] | None,
+    beta: Float[Tensor, ""] | None,
+    step: Int[Tensor, " rows"],
+    pages: Pages,
+    *,
+    guard: Int[Tensor, " rows"] | None = None,
+    drop_time: Int[Tensor, " rows"] | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "rows heads width"]:
+    """One more token per row: store it, drop what its gates drop, attend to what is left. Changes `pages` in place.
+
+    step: position of each row's token, negative for an idle row (its output is 0). guard and drop_time: those of the
+    new token, both after its own step (by default step + 1, and never). A gate x <= 0 at a step from a key's guard on
+    drops the key for that step and all later ones, as drop_times says of whole rows; without interaction_query only
+    drop times drop. A token takes a slot that is free, else the next one; if its row has no page left it is not
+    stored, its output is NaN and pages.refused counts it. Values in slots that nobody uses must be finite.
+    """
+    times = {name: tensor for name, tensor in (("guard", guard), ("drop_time", drop_time)) if tensor is not None}
+    checks.decode(query, key, value, interaction_query, interaction_key, beta, step, pages, **times)
+    step = step.to(torch.int32)
+    guard = step + 1 if guard is None else guard.to(torch.int32)
+    drop_time = torch.full_like(step, NEVER) if drop_time is None else drop_time.to(torch.int32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _pick("decode_attention", impl)(
+        query, key, value, interaction_query, interaction_key, beta, step, guard, drop_time, pages, scale
+    )
 
 
 def describe() -> list[dict[str, object]]:
@@ -198,33 +243,11 @@ def _pick(operation: str, impl: str):
     return available[name]
 
 
-def _defaults(guard, end, batch: int, n: int, device) -> tuple[Tensor, Tensor]:
+def _defaults(guard: Tensor | None, end: Tensor | None, gates: Tensor) -> tuple[Tensor, Tensor]:
+    batch, n, _ = gates.shape
     if guard is None:
-        guard = torch.arange(1, n + 1, device=device).expand(batch, n)
+        guard = torch.arange(1, n + 1, device=gates.device).expand(batch, n)
     if end is None:
-        end = torch.full((batch, n), n, device=device)
-    for name, value in (("guard", guard), ("end", end)):
-        if value.shape != (batch, n):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; want (batch, n) = ({batch}, {n})")
+        end = torch.full((batch, n), n, device=gates.device)
+    checks.times(batch, n, gates, guard=guard, end=end)
     return guard, end
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 1.0 <= alpha <= MAX_ALPHA:
-        raise ValueError(f"alpha is {alpha}; accepted values are 1 to {MAX_ALPHA:g}")
-
-
-def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: want 4 axes")
-    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, n or width")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} heads, not a multiple of the {key.shape[1]} key/value heads")
-
-
-def _check_interaction(iq: Tensor, ik: Tensor, batch: int, n: int) -> None:
-    if iq.shape != ik.shape or iq.shape[:2] != (batch, n):
-        raise ValueError(
-            f"interaction_query {tuple(iq.shape)} and interaction_key {tuple(ik.shape)}: want ({batch}, {n}, rank) both"
-        )
