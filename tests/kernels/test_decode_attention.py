@@ -19,7 +19,7 @@ IMPLEMENTATIONS = ("reference", "torch", "triton")
 TOLERANCE = {"reference": 1e-12, "torch": 1e-12, "triton": 3e-6}
 
 
-def problem(rows=2, heads=4, kv_heads=2, n=40, width=8, rank=4, dtype=torch.float64, seed=0):
+def problem(rows=2, heads=4, kv_heads=2, n=24, width=8, rank=4, dtype=torch.float64, seed=0):
     """query, key, value and gates of whole rows. Gates of small integers: every implementation finds the same x."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,7 +30,7 @@ def problem(rows=2, heads=4, kv_heads=2, n=40, width=8, rank=4, dtype=torch.floa
     return [normal(heads), normal(kv_heads), normal(kv_heads), *gates, torch.tensor(1.5, dtype=dtype, device=DEVICE)]
 
 
-def pool(tensors, page=16, most=3, seed=0, gated=True) -> Pages:
+def pool(tensors, page=16, most=2, seed=0, gated=True) -> Pages:
     """Pages in a random order in the table, a spare one among them."""
     rows, kv_heads, _, width = tensors[1].shape
     pages = Pages.empty(
@@ -65,8 +65,8 @@ def largest_error(found, exact) -> float:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_token_by_token_is_whole_rows(heads, kv_heads, impl, n=40):
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (4, 1)])
+def test_token_by_token_is_whole_rows(heads, kv_heads, impl, n=24):
     """The same outputs as attention under offline drop times, the same number of keys alive at every step."""
     tensors = problem(heads=heads, kv_heads=kv_heads, n=n)
     column = torch.arange(n, device=DEVICE)
@@ -85,7 +85,7 @@ def test_token_by_token_is_whole_rows(heads, kv_heads, impl, n=40):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_drop_times_of_other_rules_without_gates(impl, n=40):
+def test_drop_times_of_other_rules_without_gates(impl, n=24):
     tensors = problem(n=n)
     column = torch.arange(n, device=DEVICE)
     times = torch.stack([column + 5, torch.where(column % 4 == 0, n, column + 1)])
@@ -98,13 +98,12 @@ def test_drop_times_of_other_rules_without_gates(impl, n=40):
     assert pages.used[0].item() <= 6  # a window of five keys, and the one that arrives
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 5])
-@pytest.mark.parametrize("width", [8, 20])
+@pytest.mark.parametrize(("splits", "width"), [(1, 8), (2, 20), (3, 8)])
 def test_splits_of_the_pages_change_nothing(splits, width):
-    tensors = problem(width=width, dtype=torch.float32, n=36)
+    tensors = problem(width=width, dtype=torch.float32, n=20)
     one, other = pool(tensors), pool(tensors)
     query, key, value, iq, ik, beta = tensors
-    for k in range(36):
+    for k in range(20):
         step = torch.full((2,), k, dtype=torch.int32, device=DEVICE)
         now = (query[:, :, k], key[:, :, k], value[:, :, k], iq[:, k], ik[:, k], beta)
         exact = kernels.decode_attention(*now, step, one, scale=0.3, impl="reference")
@@ -124,7 +123,7 @@ def test_the_error_is_at_most_twice_the_plain_forms(impl, dtype):
     exact = kernels.drop_time_attention(*tensors[:3], times, scale=0.3, impl="reference")
     found, _ = decoded(tensors, pool(tensors), impl)
     assert found.dtype == dtype
-    column = torch.arange(40, device=DEVICE)
+    column = torch.arange(24, device=DEVICE)
     seen = ((column <= column[:, None]) & (column[:, None] < times[:, None, :]))[:, None]
     query, key, value = tensors[0], *(t.repeat_interleave(2, 1) for t in tensors[1:3])
     logits = (query @ key.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
@@ -135,12 +134,12 @@ def test_the_error_is_at_most_twice_the_plain_forms(impl, dtype):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_rows_are_ragged_idle_and_independent(impl):
     """A row that idles now and then ends where it would have ended alone."""
-    tensors = problem(rows=3, n=24, dtype=torch.float32)
+    tensors = problem(rows=3, n=18, dtype=torch.float32)
     query, key, value, iq, ik, beta = tensors
     together, at = pool(tensors), [0, 0, 0]
     outputs = [[], [], []]
-    for turn in range(30):
-        step = torch.tensor([k if (turn + row) % (row + 2) and k < 24 else -1 for row, k in enumerate(at)])
+    for turn in range(20):
+        step = torch.tensor([k if (turn + row) % (row + 2) and k < 18 else -1 for row, k in enumerate(at)])
         place = (torch.arange(3), step.clamp(min=0))
         found = kernels.decode_attention(
             query.transpose(1, 2)[place], key.transpose(1, 2)[place], value.transpose(1, 2)[place],
@@ -156,12 +155,12 @@ def test_rows_are_ragged_idle_and_independent(impl):
         alone = [t if t.ndim == 0 else t[row : row + 1] for t in tensors]
         wanted, _ = decoded(alone, pool(alone, seed=row), impl)
         found = torch.stack(outputs[row], 1)
-        assert at[row] > 9 and largest_error(found, wanted[0, :, : at[row]].double()) <= 1e-6
+        assert at[row] > 7 and largest_error(found, wanted[0, :, : at[row]].double()) <= 1e-6
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_token_without_room_is_refused_loudly_and_hurts_nobody(impl):
-    """The first row has one page of 16 slots and drops nothing; the second has three."""
+    """The first row has one page of 16 slots and drops nothing; the second has two."""
     tensors = problem(n=20, dtype=torch.float32)
     tensors[5] = tensors[5] + 100.0
     pages, whole = pool(tensors), pool(tensors)
@@ -184,8 +183,8 @@ def test_slots_that_nobody_uses_are_not_seen(impl, poison):
     assert torch.equal(found, wanted)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10**6), st.sampled_from([16, 32]), st.floats(-3, 3))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.sampled_from([16, 32]), st.integers(-3, 3))
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_random_lives_against_a_dictionary(impl, seed, page, beta):
     """What is stored, what each row sees and what is dropped, against sets of positions."""
@@ -193,7 +192,7 @@ def test_random_lives_against_a_dictionary(impl, seed, page, beta):
     tensors = problem(rows=1, heads=1, kv_heads=1, n=30, width=1, seed=seed, dtype=torch.float32)
     tensors[0].zero_()  # every visible key weighs the same: the output is the mean of what is seen
     tensors[2].copy_(2.0 ** torch.randint(0, 6, (30,), generator=generator)[:, None])
-    tensors[5] = torch.tensor(round(beta) + 0.5, device=DEVICE)
+    tensors[5] = torch.tensor(beta + 0.5, device=DEVICE)
     life = torch.randint(1, 30, (1, 30), generator=generator)
     column = torch.arange(30)
     guard, times = column + torch.randint(1, 20, (1, 30), generator=generator), column + life
@@ -202,7 +201,7 @@ def test_random_lives_against_a_dictionary(impl, seed, page, beta):
     iq, ik, alive = tensors[3][0].cpu(), tensors[4][0].cpu(), set()
     for k in range(30):
         alive = {j for j in alive | {k} if k < times[0, j]}
-        x = {j: (iq[k] @ ik[j]).item() / 2 + round(beta) + 0.5 for j in alive}
+        x = {j: (iq[k] @ ik[j]).item() / 2 + beta + 0.5 for j in alive}
         alive = {j for j in alive if x[j] > 0 or k < guard[0, j]}
         mean = sum(tensors[2][0, 0, j, 0].item() for j in alive) / len(alive)
         assert abs(found[0, 0, k, 0].item() - mean) <= 1e-4 * mean

@@ -42,6 +42,9 @@ def assert_close_to_reference(tensors, alpha, plan, times: float = 2.0) -> None:
     fast = run(tensors, alpha, "triton", **plan)
     for name, wanted in exact.items():
         size = max(1.0, wanted.abs().max().item())
+        if name == "beta":
+            # A sum of everything that keys want of their gates, in which most cancels: what is added up is its size.
+            size = max(size, exact["interaction_key"].norm(dim=-1).sum().item())
         room = times * (plain[name] - wanted).abs().max().item()
         room += {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[tensors[0].dtype] * size
         error = (fast[name].double() - wanted.double()).abs().max().item()
