@@ -25,6 +25,7 @@ from kernels.liveness import torch_path as _times_torch
 from kernels.sigmoid import reference as _alpha_reference
 from kernels.sigmoid import torch_path as _alpha_torch
 from kernels.soft_attention import reference as _soft_reference
+from kernels.soft_attention import torch_gates as _soft_gates
 from kernels.soft_attention import torch_path as _soft_torch
 
 
@@ -130,7 +131,7 @@ def log_survival(
     batch, n = interaction_query.shape[:2]
     checks.interaction(interaction_query, interaction_key, beta, batch, n)
     guard, end = _defaults(guard, end, interaction_query)
-    return _soft_torch.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
+    return _soft_gates.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
 
 
 def drop_times(

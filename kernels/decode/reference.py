@@ -38,14 +38,15 @@ def decode_attention(
         page, place = int(pages.table[row, slot // pages.page]), slot % pages.page
         pages.keys[page, :, place], pages.values[page, :, place] = key[row], value[row]
         pages.guard[page, place], pages.drop_time[page, place] = guard[row], drop_time[row]
-        if interaction_key is not None:
+        if interaction_key is not None and pages.interaction is not None:
             pages.interaction[page, place] = interaction_key[row]
         logits, values, pages.free[row] = [], [], -1
         for slot in range(int(pages.used[row])):
             page, place = int(pages.table[row, slot // pages.page]), slot % pages.page
-            if interaction_query is not None and pages.guard[page, place] <= now < pages.drop_time[page, place]:
+            if interaction_query is not None and pages.interaction is not None and beta is not None:
                 product = interaction_query[row].double() @ pages.interaction[page, place].double()
-                if product / math.sqrt(interaction_query.shape[-1]) + beta.double() <= 0:
+                x = product / math.sqrt(interaction_query.shape[-1]) + beta.double()
+                if x <= 0 and pages.guard[page, place] <= now < pages.drop_time[page, place]:
                     pages.drop_time[page, place] = now
             if now < pages.drop_time[page, place]:
                 keys, own = (t[page, :, place].double() for t in (pages.keys, pages.values))

@@ -6,6 +6,7 @@ Two kernels: the lists, then attention over them. Forward only; gradients take t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,12 +28,21 @@ LISTS = 1 << 28
 CHUNK = 1024
 """Keys looked at in one go while a list is made."""
 
+
+@dataclass(frozen=True)
+class Launch:
+    """Queries and keys per tile, and how it is launched."""
+
+    tile: tuple[int, int]
+    warps: int
+    stages: int
+
+
 BY_FAMILY = {
-    "hopper": {"tile": (128, 64), "warps": 8, "stages": 3},
-    "ampere": {"tile": (64, 64), "warps": 4, "stages": 3},
-    "cdna": {"tile": (64, 64), "warps": 4, "stages": 1},
+    "hopper": Launch((128, 64), warps=8, stages=3),
+    "ampere": Launch((64, 64), warps=4, stages=3),
+    "cdna": Launch((64, 64), warps=4, stages=1),
 }
-"""Queries and keys per tile, and how it is launched."""
 
 
 @triton.jit
@@ -208,17 +218,15 @@ def drop_time_attention(
     if query.shape[-1] > WIDEST:
         raise ValueError(f"query has width {query.shape[-1]}; Triton takes 1 to {WIDEST}: take impl='torch'")
     q, k, v = (t.to(dtype) if t.stride(-1) == 1 else t.to(dtype).contiguous() for t in (query, key, value))
-    family = BY_FAMILY[generation(query.device)]
-    rows, keys = tile or family["tile"]
+    launch = BY_FAMILY[generation(query.device)]
+    rows, keys = tile or launch.tile
     batch, heads, n, width = q.shape
     own_lists = drop_time.shape[1] if drop_time.ndim == 3 else 1
     times = drop_time.clamp(max=n).to(torch.int32).contiguous()
     output = torch.empty(batch, heads, n, width, dtype=dtype, device=q.device)
     strides, groups = strides_of(q, k, v), heads // k.shape[1]
-    capacity = triton.cdiv(n, keys) * keys
-    row_blocks = triton.cdiv(n, rows)
+    capacity, row_blocks = triton.cdiv(n, keys) * keys, triton.cdiv(n, rows)
     step = max(1, min(row_blocks, lists // (4 * batch * own_lists * capacity)))
-    options = {"num_warps": family["warps"], "num_stages": family["stages"]}
     with on_device(q):
         for first in range(0, row_blocks, step):
             blocks = min(step, row_blocks - first)
@@ -229,7 +237,8 @@ def drop_time_attention(
             )
             prefill_kernel[(heads, blocks, batch)](
                 q, k, v, output, times, listed, whole, total, *strides, heads, groups, own_lists, n, first, blocks,
-                capacity, scale * math.log2(math.e), **_constants(width, rows, keys, dtype), **options,
+                capacity, scale * math.log2(math.e), **_constants(width, rows, keys, dtype), num_warps=launch.warps,
+                num_stages=launch.stages,
             )  # fmt: skip
     return output.to(query.dtype)
 
@@ -249,7 +258,7 @@ def shipped() -> list[Shipped]:
     """The lists, and attention at every width in bfloat16, at width 64 in the other types."""
     found = []
     for family, launch in BY_FAMILY.items():
-        rows, keys = launch["tile"]
+        rows, keys = launch.tile
         found.append(
             Shipped(
                 f"prefill list_kernel rows={rows}",
@@ -271,8 +280,8 @@ def shipped() -> list[Shipped]:
                     prefill_kernel,
                     _signature(name),
                     {**_constants(width, rows, keys, torch.bfloat16), "UPCAST": False},
-                    launch["warps"],
-                    launch["stages"],
+                    launch.warps,
+                    launch.stages,
                     (family,),
                 )
             )

@@ -1,13 +1,14 @@
-"""How is soft pruned attention trained without an n x n tensor? Blocks of queries, and one running sum per key."""
+"""How is soft pruned attention trained without an n x n tensor? Block by block, every gradient by hand."""
 
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from kernels.sigmoid.torch_path import LOG_ZERO, log_alpha_sigmoid
+from kernels.soft_attention.torch_segments import Keys, Layer, blocks, living_keys, segment_size, taken, without_last
 
 KEEP_GATES_UP_TO = 1024
 """Tokens up to which the backward pass keeps the solved gates (8 bytes per pair and layer) instead of solving them
@@ -16,12 +17,6 @@ again: a sixth of a training step at n = 256; beyond, memory would grow with n^2
 KEEP_WEIGHTS_UP_TO = 1 << 24
 """Attention weights (batch x heads x n x n) up to which they are kept for the backward pass: 32 MB a layer in
 float32."""
-
-DEAD = -90.0
-"""exp(-90) is below the smallest normal float32 (1.2e-38): a key this far gone no longer counts, nor do its gates."""
-
-BLOCK = 64
-"""Queries per block. Measured on 2 cores at n = 256: 64 is fastest; kept memory is n^2/BLOCK per row of the batch."""
 
 
 def pruned_attention(
@@ -36,155 +31,118 @@ def pruned_attention(
     end: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as kernels.pruned_attention; every gradient by hand (README.md beside this file)."""
-    return _PrunedAttention.apply(query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale)
+    """Arguments and results as kernels.pruned_attention; the derivation is in README.md beside this file."""
+    tensors = (query, key, value, interaction_query, interaction_key)
+    if len(query) == 1 or segment_size(query) == query.shape[2]:
+        return _PrunedAttention.apply(*tensors, beta, guard, end, alpha, scale)
+    rows = zip(*(tensor.split(1) for tensor in (*tensors, guard, end)), strict=True)
+    parts = [_PrunedAttention.apply(*row[:5], beta, *row[5:], alpha, scale) for row in rows]
+    return torch.cat([output for output, _ in parts]), torch.cat([alive for _, alive in parts])
 
 
 class _PrunedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale):
-        work = torch.float64 if query.dtype == torch.float64 else torch.float32
-        q, k, v, iq, ik, offset = (t.to(work) for t in (query, key, value, interaction_query, interaction_key, beta))
-        batch, heads, n, _ = q.shape
-        output = torch.empty(batch, heads, n, v.shape[-1], dtype=work, device=q.device)
-        carry = torch.zeros(batch, n, dtype=work, device=q.device)
+    def forward(ctx, query, key, value, interaction_query, interaction_key, beta, guard, end, alpha, scale):
+        inputs = [query, key, value, interaction_query, interaction_key, beta, guard, end]
+        layer = Layer.of(inputs, alpha, scale)
+        batch, heads, n, _ = query.shape
+        output = layer.query.new_empty(batch, heads, n, value.shape[-1])
+        carry, alive = layer.query.new_zeros(batch, n), layer.query.new_zeros(batch)
         keep_gates, keep_weights = n <= KEEP_GATES_UP_TO, batch * heads * n * n <= KEEP_WEIGHTS_UP_TO
-        carries, gates, kept, alive = [], [], [], torch.zeros(batch, dtype=work, device=q.device)
-        for start in range(0, n, BLOCK):
-            stop = min(n, start + BLOCK)
-            carries.append(carry[:, :stop].clone())
-            log_gate, slope = _gates(iq, ik, offset, alpha, guard, end, carries[-1], start, stop)
-            bias = log_gate.cumsum(1).add_(carries[-1][:, None])
-            if keep_gates:
-                gates += [bias, slope]
-            carry[:, :stop] = bias[:, -1]
-            alive += torch.exp(_strictly_below(bias, start)).sum((1, 2))
-            weights = _weights(q, k, bias, scale, start, stop)
-            if keep_weights:
-                kept.append(weights)
-            output[:, :, start:stop] = (weights @ v[:, :, :stop]).view(batch, heads, stop - start, -1)
-        ctx.save_for_backward(
-            query, key, value, interaction_query, interaction_key, beta, guard, end, *carries, *gates, *kept
-        )
-        ctx.blocks, ctx.kept_gates = len(carries), len(gates)
-        ctx.alpha, ctx.scale, ctx.work = alpha, scale, work
+        living, carries, gates, attention = [], [], [], []
+        for begin, finish in layer.segments():
+            living.append(living_keys(carry, end, begin, finish))
+            keys, now = layer.keys(living[-1], finish), taken(carry, living[-1], finish)
+            for start, stop in blocks(begin, finish):
+                seen = Keys(*(without_last(tensor, finish - stop) for tensor in keys))
+                before = without_last(now, finish - stop)
+                carries += [] if keep_gates else [before.clone()]
+                log_alive, slope = layer.survival(seen, before, start, stop)
+                before.copy_(log_alive[:, -1])
+                alive += log_alive.exp().sum((1, 2)) - (stop - start)  # the diagonal does not count
+                weights = layer.weights(seen, log_alive, start, stop)
+                output[:, :, start:stop] = (weights @ seen.value).view(batch, heads, stop - start, -1)
+                gates += [log_alive, slope] if keep_gates else []
+                attention += [weights] if keep_weights else []
+            if living[-1] is not None:
+                carry.index_copy_(1, living[-1], now)
+        ctx.save_for_backward(*inputs, *living, *carries, *gates, *attention)
+        ctx.counts = [len(part) for part in (inputs, living, carries, gates, attention)]
+        ctx.alpha, ctx.scale = alpha, scale
         return output.to(query.dtype), alive
 
     @staticmethod
     def backward(ctx, d_output, d_alive):
-        query, key, value, interaction_query, interaction_key, beta, guard, end, *rest = ctx.saved_tensors
-        carries, rest = rest[: ctx.blocks], rest[ctx.blocks :]
-        gates, kept = rest[: ctx.kept_gates], rest[ctx.kept_gates :]
-        work, scale = ctx.work, ctx.scale
-        q, k, v, iq, ik, offset = (t.to(work) for t in (query, key, value, interaction_query, interaction_key, beta))
-        batch, heads, n, _ = q.shape
-        kv_heads, gate_scale = k.shape[1], 1.0 / math.sqrt(iq.shape[-1])
-        d_output = d_output.to(work)
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        d_iq, d_ik = torch.empty_like(iq), torch.zeros_like(ik)
-        d_beta = torch.zeros((), dtype=work, device=q.device)
-        # suffix[b, j]: what later blocks of queries want of log I of key j.
-        suffix = torch.zeros(batch, n, dtype=work, device=q.device)
-        for index in reversed(range(ctx.blocks)):
-            start = index * BLOCK
-            stop = min(n, start + BLOCK)
-            rows = stop - start
-            if gates:
-                bias, slope = gates[2 * index : 2 * index + 2]
-            else:
-                log_gate, slope = _gates(iq, ik, offset, ctx.alpha, guard, end, carries[index], start, stop)
-                bias = log_gate.cumsum(1).add_(carries[index][:, None])
-            weights = kept[index] if kept else _weights(q, k, bias, scale, start, stop)
-            grouped = d_output[:, :, start:stop].reshape(batch, kv_heads, -1, v.shape[-1])
-            d_v[:, :, :stop] += weights.transpose(2, 3) @ grouped
-            d_weights = grouped @ v[:, :, :stop].transpose(2, 3)
-            # p (dp - sum p dp) in one pass.
-            d_logits = torch._softmax_backward_data(d_weights, weights, -1, work)
-            d_q[:, :, start:stop] = (d_logits @ k[:, :, :stop]).mul_(scale).view(batch, heads, rows, -1)
-            grouped = q[:, :, start:stop].reshape(batch, kv_heads, -1, q.shape[-1])
-            d_k[:, :, :stop] += (d_logits.transpose(2, 3) @ grouped).mul_(scale)
-            # G[k, j] = dLoss/dlog I: all heads share one I.
-            d_bias = d_logits.view(batch, heads, rows, stop).sum(1)
-            d_bias += d_alive.to(work)[:, None, None] * torch.exp(_strictly_below(bias, start))
-            # Reverse running sum over the block's queries: everything from this query on depends on this gate. Not the
-            # total less a running sum: what that leaves of rounding is multiplied by 1/gate where a gate is almost 0.
-            wanted = suffix[:, None, :stop] + d_bias.flip(1).cumsum(1).flip(1)
-            d_x = slope * wanted
-            suffix[:, :stop] = wanted[:, 0]
-            d_iq[:, start:stop] = (d_x @ ik[:, :stop]) * gate_scale
-            d_ik[:, :stop] += (d_x.transpose(1, 2) @ iq[:, start:stop]) * gate_scale
-            d_beta += d_x.sum()
-        inputs = (query, key, value, interaction_query, interaction_key, beta)
-        gradients = (d_q, d_k, d_v, d_iq, d_ik, d_beta.view_as(beta))
-        return *(g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), None, None, None, None
+        saved = iter(ctx.saved_tensors)
+        inputs, living, carries, gates, attention = (list(islice(saved, count)) for count in ctx.counts)
+        layer = Layer.of(inputs, ctx.alpha, ctx.scale)
+        gradients = _Gradients(layer, d_output, d_alive)
+        for begin, finish in reversed(layer.segments()):
+            among = living.pop()
+            keys, own = layer.keys(among, finish), gradients.of_keys(among, finish)
+            for start, stop in reversed(list(blocks(begin, finish))):
+                seen = Keys(*(without_last(tensor, finish - stop) for tensor in keys))
+                if gates:
+                    slope, log_alive = gates.pop(), gates.pop()
+                else:
+                    log_alive, slope = layer.survival(seen, carries.pop(), start, stop)
+                weights = attention.pop() if attention else layer.weights(seen, log_alive, start, stop)
+                *d_seen, wanted = (without_last(tensor, finish - stop) for tensor in own)
+                gradients.add_block(seen, d_seen, wanted, log_alive, slope, weights, start, stop)
+            gradients.put_back(among, own)
+        found = zip(gradients.of_inputs(), inputs[:6], strict=True)
+        return *(gradient.to(tensor.dtype) for gradient, tensor in found), None, None, None, None
 
 
-def _gates(iq, ik, offset, alpha, guard, end, carry, start, stop) -> tuple[Tensor, Tensor]:
-    """(ln g, d ln g/dx) of queries start..stop-1 for keys 0..stop-1, each (batch, rows, stop).
+class _Gradients:
+    """What the loss wants of each input, added up from the last block of queries to the first."""
 
-    Only gates that can still change something are solved: under the diagonal, not guarded, key not gone yet.
-    """
-    row = torch.arange(start, stop, device=iq.device)[None, :, None]
-    ended = row >= end[:, None, :stop]
-    x = torch.baddbmm(offset, iq[:, start:stop], ik[:, :stop].transpose(1, 2), alpha=1.0 / math.sqrt(iq.shape[-1]))
-    active = (row >= guard[:, None, :stop]) & ~ended & (carry[:, None] > DEAD)
-    if iq.device.type == "cpu":
-        # Solving the few active gates is cheaper than all of them; on a GPU the count would cost a synchronisation.
-        log_gate, slope = torch.zeros_like(x), torch.zeros_like(x)
-        if alpha > 1.0:
-            edge = 1.0 / (alpha - 1.0)
-            log_gate.masked_fill_(active & (x <= -edge), LOG_ZERO)
-            active &= (x < edge) & (x > -edge)
-        solve = active.view(-1).nonzero().view(-1)
-        solved_gate, solved_slope = log_alpha_sigmoid(x.view(-1).index_select(0, solve), alpha)
-        log_gate.view(-1).index_copy_(0, solve, solved_gate)
-        slope.view(-1).index_copy_(0, solve, solved_slope)
-    else:
-        log_gate, slope = (t.masked_fill(~active, 0.0) for t in log_alpha_sigmoid(x, alpha))
-    return log_gate.masked_fill_(ended, LOG_ZERO), slope
+    def __init__(self, layer: Layer, d_output: Tensor, d_alive: Tensor) -> None:
+        self.layer = layer
+        self.output = d_output.to(layer.query.dtype)
+        self.alive = d_alive.to(layer.query.dtype)[:, None, None]
+        self.query, self.interaction_query = torch.empty_like(layer.query), torch.empty_like(layer.interaction_query)
+        self.beta = torch.zeros_like(layer.beta)
+        keys = (layer.key, layer.value, layer.interaction_key)
+        # The last: what later queries want of log I of each key, (batch, n).
+        self.per_key = [*map(torch.zeros_like, keys), layer.query.new_zeros(layer.guard.shape)]
 
+    def of_keys(self, living: Tensor | None, finish: int) -> list[Tensor]:
+        """Gradients by a segment's keys, values and interaction keys, and what is wanted of their log I so far."""
+        return [taken(tensor, living, finish) for tensor in self.per_key]
 
-def _strictly_below(bias: Tensor, start: int) -> Tensor:
-    """log I with -inf on and above the diagonal: the pairs that sparsity counts."""
-    row = torch.arange(start, start + bias.shape[1], device=bias.device)[:, None]
-    return bias.masked_fill(torch.arange(bias.shape[2], device=bias.device) >= row, -torch.inf)
+    def put_back(self, living: Tensor | None, own: list[Tensor]) -> None:
+        """Write what of_keys gave; views are already in place."""
+        if living is not None:
+            for whole, part in zip(self.per_key, own, strict=True):
+                whole.index_copy_(2 if whole.ndim == 4 else 1, living, part)
 
+    def add_block(self, seen: Keys, d_seen, wanted: Tensor, log_alive, slope, weights, start: int, stop: int) -> None:
+        """Add what the queries start to stop - 1 want; d_seen and wanted, as of_keys gives them, change in place."""
+        layer, rows = self.layer, slice(start, stop)
+        d_key, d_value, d_interaction_key = d_seen
+        batch, kv_heads, count, width = seen.key.shape
+        d_output = self.output[:, :, rows].reshape(batch, kv_heads, -1, seen.value.shape[-1])
+        d_value += weights.transpose(2, 3) @ d_output
+        # p (dp - sum p dp) in one pass.
+        d_logits = torch._softmax_backward_data(d_output @ seen.value.transpose(2, 3), weights, -1, weights.dtype)
+        self.query[:, :, rows] = (d_logits @ seen.key).mul_(layer.scale).view(batch, -1, stop - start, width)
+        queries = layer.query[:, :, rows].reshape(batch, kv_heads, -1, width)
+        d_key += (d_logits.transpose(2, 3) @ queries).mul_(layer.scale)
+        # dLoss/dlog I: all heads share one I, and the sum of I asks for more of it.
+        d_log_alive = d_logits.view(batch, -1, stop - start, count).sum(1).addcmul_(self.alive, log_alive.exp())
+        # Reverse running sum over the block's queries: everything from this query on depends on this gate. Not the
+        # total less a running sum: what that leaves of rounding is multiplied by 1/gate where a gate is almost 0.
+        # (On the diagonal, where no gate acts, nothing is multiplied by it.)
+        after = d_log_alive.flip(1).cumsum(1).flip(1).add_(wanted[:, None])
+        wanted.copy_(after[:, 0])
+        d_x = after.mul_(slope)
+        gate_scale = 1.0 / math.sqrt(layer.interaction_query.shape[-1])
+        self.interaction_query[:, rows] = (d_x @ seen.interaction).mul_(gate_scale)
+        d_interaction_key += (d_x.transpose(1, 2) @ layer.interaction_query[:, rows]).mul_(gate_scale)
+        self.beta += d_x.sum()
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float, start: int, stop: int) -> Tensor:
-    """softmax(q k^T scale + log I), causal: (batch, kv_heads, groups * rows, stop). The diagonal is always finite."""
-    batch, heads, _, width = q.shape
-    kv_heads, rows = k.shape[1], stop - start
-    grouped = q[:, :, start:stop].reshape(batch, kv_heads, -1, width)
-    logits = (grouped * scale) @ k[:, :, :stop].transpose(2, 3)
-    row = torch.arange(start, stop, device=q.device)[:, None]
-    bias = bias.masked_fill(torch.arange(stop, device=q.device) > row, -torch.inf)
-    logits.view(batch, kv_heads, heads // kv_heads, rows, stop).add_(bias[:, None, None])
-    return torch.softmax(logits, -1)
-
-
-class _LogGate(torch.autograd.Function):
-    """ln sigma_alpha with its derivative."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, alpha: float) -> Tensor:
-        log_gate, slope = log_alpha_sigmoid(x, alpha)
-        ctx.save_for_backward(slope)
-        return log_gate
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None
-
-
-def log_survival(
-    interaction_query: Tensor, interaction_key: Tensor, beta: Tensor, alpha: float, guard: Tensor, end: Tensor
-) -> Tensor:
-    """log I as a tensor, (batch, n, n), 0 on and above the diagonal; arguments as kernels.log_survival."""
-    work = torch.float64 if interaction_query.dtype == torch.float64 else torch.float32
-    iq, ik, offset = (t.to(work) for t in (interaction_query, interaction_key, beta))
-    x = iq @ ik.transpose(1, 2) / math.sqrt(iq.shape[-1]) + offset
-    row = torch.arange(iq.shape[1], device=iq.device)[None, :, None]
-    log_gate = torch.where(row >= guard[:, None, :], _LogGate.apply(x, alpha), 0.0)
-    log_gate = torch.where((row >= end[:, None, :]) & (row > row.transpose(1, 2)), LOG_ZERO, log_gate)
-    return log_gate.cumsum(1).clamp(min=LOG_ZERO)
+    def of_inputs(self) -> list[Tensor]:
+        """In the order of the arguments of pruned_attention."""
+        d_key, d_value, d_interaction_key, _ = self.per_key
+        return [self.query, d_key, d_value, self.interaction_query, d_interaction_key, self.beta]

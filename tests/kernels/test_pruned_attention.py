@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
-from kernels.soft_attention import torch_path
+from kernels.soft_attention import torch_path, torch_segments
 from tests.kernels.problems import RANK, WIDTH, assert_same, documents, eager, inputs, run
 
 
@@ -22,9 +22,9 @@ def test_output_alive_and_all_gradients_are_the_references(alpha, kv_heads, n):
     assert_same(run(tensors, alpha, **plan), run(tensors, alpha, "reference", **plan))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.5, 3.0, 8.0])
+@pytest.mark.parametrize("alpha", [1.0, 1.1, 1.5, 2.0, 3.0, 8.0])
 def test_gradients_by_finite_differences(alpha, monkeypatch):
-    monkeypatch.setattr(torch_path, "BLOCK", 2)
+    monkeypatch.setattr(torch_segments, "BLOCK", 2)
     tensors = [tensor.requires_grad_() for tensor in inputs(2, 1, 5, 1, beta=0.4)]
     plan = documents(5, 1, sinks=1, recent=0)
     assert torch.autograd.gradcheck(
@@ -154,10 +154,51 @@ def test_bfloat16_inputs_lose_only_the_rounding_of_the_results(alpha):
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient(block, gates, weights, monkeypatch):
     tensors, plan = inputs(4, 2, 70), documents(70)
     wanted = run(tensors, 1.5, **plan)
-    monkeypatch.setattr(torch_path, "BLOCK", block)
+    monkeypatch.setattr(torch_segments, "BLOCK", block)
     monkeypatch.setattr(torch_path, "KEEP_GATES_UP_TO", gates)
     monkeypatch.setattr(torch_path, "KEEP_WEIGHTS_UP_TO", weights)
     assert_same(run(tensors, 1.5, **plan), wanted, 1e-12)
+
+
+def cut_into_segments(monkeypatch, segment: int = 16, block: int = 8, worth: float = 0.7) -> list[int]:
+    """As long rows are computed, at a few tokens; returns the keys each block of queries was computed with, a list
+    that grows."""
+    monkeypatch.setattr(torch_segments, "SEGMENTS_FROM", 0)
+    monkeypatch.setattr(torch_segments, "SEGMENT", segment)
+    monkeypatch.setattr(torch_segments, "BLOCK", block)
+    monkeypatch.setattr(torch_segments, "WORTH_GATHERING", worth)
+    monkeypatch.setattr(torch_path, "KEEP_GATES_UP_TO", 0)
+    monkeypatch.setattr(torch_path, "KEEP_WEIGHTS_UP_TO", 0)
+    seen, weights = [], torch_segments.Layer.weights
+
+    def counted(layer, keys, *more):
+        seen.append(keys.key.shape[2])
+        return weights(layer, keys, *more)
+
+    monkeypatch.setattr(torch_segments.Layer, "weights", counted)
+    return seen
+
+
+@pytest.mark.parametrize("worth", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("beta", [-1.0, 1.5])
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 3.0, 8.0])
+def test_leaving_out_what_is_gone_changes_nothing(alpha, beta, worth, monkeypatch):
+    tensors, plan = inputs(4, 2, 75, beta=beta), documents(75)
+    wanted = run(tensors, alpha, "reference", **plan)
+    cut_into_segments(monkeypatch, worth=worth)
+    assert_same(run(tensors, alpha, **plan), wanted)
+
+
+def test_keys_that_are_gone_are_not_computed(monkeypatch):
+    """Every key lives for at most 9 queries: a segment of 16 sees those, and its own."""
+    seen = cut_into_segments(monkeypatch)
+    end = (torch.arange(75) + 9).clamp(max=75).expand(2, 75)
+    run(inputs(4, 2, 75), 1.5, end=end)
+    assert max(seen) <= 8 + 16
+    seen.clear()
+    cut_into_segments(monkeypatch, worth=0.0)  # the twin: nothing is ever worth gathering
+    run(inputs(4, 2, 75), 1.5, end=end)
+    assert max(seen) == 75
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 24])
