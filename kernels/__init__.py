@@ -20,6 +20,7 @@ from kernels.decode import torch_path as _decode_torch
 from kernels.decode.pages import NEVER, Pages
 from kernels.hard_attention import reference as _hard_reference
 from kernels.hard_attention import torch_path as _hard_torch
+from kernels.hard_attention.patterns import Pattern
 from kernels.liveness import reference as _times_reference
 from kernels.liveness import torch_path as _times_torch
 from kernels.sigmoid import reference as _alpha_reference
@@ -98,9 +99,9 @@ def pruned_attention(
     """Soft (trainable) attention softmax(Q K^T scale + log I) V, causal (arXiv 2305.15805, eq. 5 and 6).
 
     I[k, j] is the product over queries j < m <= k of sigma_alpha(interaction_query[m] . interaction_key[j] / sqrt(rank)
-    + beta). guard[b, j] is the first query whose gate may drop key j (default j + 1; later protects recent tokens,
-    n protects for ever); end[b, j] the first query that cannot see key j whatever the gates say (default n; the end of
-    its document when several are packed in a row).
+    + beta). guard[b, j] is the first query whose gate may drop key j (default and least j + 1; later protects recent
+    tokens, n protects for ever); end[b, j] the first query that cannot see key j whatever the gates say (default n, at
+    least j + 1; the end of its document when several are packed in a row).
 
     Returns the output and, per row of the batch, the sum of I over the visible pairs j < k < end[j], for the sparsity
     regulariser. Differentiable in the first six arguments. Raises ValueError on shapes that do not fit.
@@ -131,7 +132,7 @@ def log_survival(
     batch, n = interaction_query.shape[:2]
     checks.interaction(interaction_query, interaction_key, beta, batch, n)
     guard, end = _defaults(guard, end, interaction_query)
-    return _soft_gates.log_survival(interaction_query, interaction_key, beta, alpha, guard, end)
+    return _as_written(_soft_gates.log_survival)(interaction_query, interaction_key, beta, alpha, guard, end)
 
 
 def drop_times(
@@ -160,14 +161,20 @@ def drop_time_attention(
     value: Float[Tensor, "batch kv_heads n width"],
     drop_time: Int[Tensor, "batch *kv_heads n"],
     *,
+    pattern: Pattern | None = None,
     scale: float | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "batch heads n width"]:
-    """Causal attention in which query k sees key j iff j <= k < drop_time[j]; one drop time per key or per KV head."""
+    """Causal attention in which query k sees key j iff j <= k < drop_time[j]; one drop time per key or per KV head.
+
+    pattern: keys that blocks of queries may see at all (kernels.hard_attention.patterns), for rules that come back to
+    a key. Differentiable in query, key and value. Raises ValueError on shapes that do not fit.
+    """
     checks.attention(query, key, value)
     checks.drop_time(drop_time, query, key)
+    checks.pattern(pattern, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _pick("drop_time_attention", impl)(query, key, value, drop_time, scale)
+    return _pick("drop_time_attention", impl)(query, key, value, drop_time, scale, pattern)
 
 
 def decode_attention(
@@ -188,7 +195,7 @@ def decode_attention(
     """One more token per row: store it, drop what its gates drop, attend to what is left. Changes `pages` in place.
 
     step: position of each row's token, negative for an idle row (its output is 0). guard and drop_time: those of the
-    new token, both after its own step (by default step + 1, and never). A gate x <= 0 at a step from a key's guard on
+    new token (by default, and at least, step + 1; by default never). A gate x <= 0 at a step from a key's guard on
     drops the key for that step and all later ones, as drop_times says of whole rows; without interaction_query only
     drop times drop. A token takes a slot that is free, else the next one; if its row has no page left it is not
     stored, its output is NaN and pages.refused counts it. Values in slots that nobody uses must be finite.
@@ -196,8 +203,11 @@ def decode_attention(
     times = {name: tensor for name, tensor in (("guard", guard), ("drop_time", drop_time)) if tensor is not None}
     checks.decode(query, key, value, interaction_query, interaction_key, beta, step, pages, **times)
     step = step.to(torch.int32)
-    guard = step + 1 if guard is None else guard.to(torch.int32)
-    drop_time = torch.full_like(step, NEVER) if drop_time is None else drop_time.to(torch.int32)
+    # A token sees itself: nothing drops it at its own step.
+    guard = step + 1 if guard is None else torch.maximum(guard.to(torch.int32), step + 1)
+    drop_time = (
+        torch.full_like(step, NEVER) if drop_time is None else torch.maximum(drop_time.to(torch.int32), step + 1)
+    )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _pick("decode_attention", impl)(
         query, key, value, interaction_query, interaction_key, beta, step, guard, drop_time, pages, scale
@@ -241,14 +251,22 @@ def _pick(operation: str, impl: str):
     name = "torch" if impl == "auto" else impl
     if name not in available:
         raise ValueError(f"impl={impl!r}: {operation} has {', '.join(['auto', *available])}")
-    return available[name]
+    return available[name] if name == "triton" else _as_written(available[name])
+
+
+def _as_written(function):
+    """What torch.compile must leave alone: loops whose lengths depend on numbers, and gates that its CPU code gets
+    wrong (expm1 as exp - 1, an exponent frozen at its first value). It compiles what lies before and behind."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _defaults(guard: Tensor | None, end: Tensor | None, gates: Tensor) -> tuple[Tensor, Tensor]:
     batch, n, _ = gates.shape
     if guard is None:
-        guard = torch.arange(1, n + 1, device=gates.device).expand(batch, n)
+        guard = torch.zeros(batch, n, dtype=torch.long, device=gates.device)
     if end is None:
         end = torch.full((batch, n), n, device=gates.device)
     checks.times(batch, n, gates, guard=guard, end=end)
-    return guard, end
+    # No gate acts on its own token, and no document ends before the token that it begins with.
+    first = torch.arange(1, n + 1, device=gates.device)
+    return torch.maximum(guard, first), torch.maximum(end, first)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.decode.pages import Pages
+from kernels.hard_attention.patterns import Pattern
 
 MAX_ALPHA = 16.0
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -50,8 +51,13 @@ def gates(query: Tensor, key: Tensor, beta: Tensor) -> None:
     named = {"interaction_query": query, "interaction_key": key, "beta": beta}
     devices(**named)
     for name, tensor in named.items():
-        if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and bool(tensor.isnan().any()):
+        if free_to_look(tensor) and bool(tensor.isnan().any()):
             raise ValueError(f"{name} holds NaN; accepted values are finite numbers")
+
+
+def free_to_look(tensor: Tensor) -> bool:
+    """Whether numbers can be looked at without waiting for a device, and while nothing is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def times(batch: int, n: int, like: Tensor, **named: Tensor) -> None:
@@ -70,6 +76,25 @@ def drop_time(value: Tensor, query: Tensor, key: Tensor) -> None:
     if value.shape not in ((batch, n), (batch, kv_heads, n)):
         raise ValueError(f"drop_time has shape {tuple(value.shape)}; want (batch, n) or (batch, kv_heads, n)")
     devices(query=query, drop_time=value)
+
+
+def pattern(value: Pattern | None, query: Tensor) -> None:
+    """One row of `allowed` per block of queries, every token its own key among them."""
+    if value is None:
+        return
+    n = query.shape[2]
+    if value.block < 1:
+        raise ValueError(f"pattern.block is {value.block}; accepted values are 1 and more")
+    wanted = (-(-n // value.block), n)
+    if value.allowed.dtype != torch.bool or value.allowed.shape != wanted:
+        found = f"{tuple(value.allowed.shape)} of {value.allowed.dtype}"
+        raise ValueError(f"pattern.allowed is {found}; want (blocks of queries, n) = {wanted} of torch.bool")
+    devices(query=query, pattern=value.allowed)
+    if free_to_look(value.allowed):
+        token = torch.arange(n)
+        own = value.allowed[token // value.block, token]
+        if not bool(own.all()):
+            raise ValueError(f"pattern.allowed hides token {int(own.long().argmin())} from itself; allow every own key")
 
 
 def decode(

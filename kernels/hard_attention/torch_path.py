@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.hard_attention.patterns import Pattern
+
 BLOCK = 256
 """Queries per call: bounds the boolean mask to (batch, 1, BLOCK, n)."""
 
@@ -13,16 +15,22 @@ WORTH_GATHERING = 0.7
 """Live keys are copied side by side when they are at most this share of the keys before them."""
 
 
-def drop_time_attention(query: Tensor, key: Tensor, value: Tensor, drop_time: Tensor, scale: float) -> Tensor:
+def drop_time_attention(
+    query: Tensor, key: Tensor, value: Tensor, drop_time: Tensor, scale: float, pattern: Pattern | None = None
+) -> Tensor:
     """Arguments and result as kernels.drop_time_attention."""
     n = query.shape[2]
     groups = query.shape[1] // key.shape[1]
     drop_time = drop_time if drop_time.ndim == 3 else drop_time[:, None]
     column = torch.arange(n, device=query.device)
     blocks = []
-    for start in range(0, n, BLOCK):
-        stop = min(n, start + BLOCK)
+    rows = BLOCK if pattern is None else pattern.block
+    for start in range(0, n, rows):
+        stop = min(n, start + rows)
         keys, values, times, place = key[:, :, :stop], value[:, :, :stop], drop_time[:, :, :stop], column[:stop]
+        if pattern is not None:
+            # What this block may not see is for it as good as gone.
+            times = times.masked_fill(~pattern.allowed[start // rows, :stop], 0)
         # On a GPU the count would cost a synchronisation.
         if query.device.type == "cpu" and start > 0:
             live = times > start

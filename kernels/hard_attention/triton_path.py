@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead_of_time import Shipped
 from kernels.hard_attention import torch_path
+from kernels.hard_attention.patterns import Pattern
+from kernels.hard_attention.triton_prefill import list_kernel, prefill_kernel
 from kernels.sigmoid.triton_path import check_device, interpreted, on_device
 from kernels.soft_attention.triton_shape import generation, strides_of
-from kernels.soft_attention.triton_tiles import GONE, head_base, load_rows, store_rows
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -45,158 +45,13 @@ BY_FAMILY = {
 }
 
 
-@triton.jit
-def _append(todo, filled, key, wanted):
-    """Write the wanted keys behind the `filled` ones; returns how many there are then."""
-    wanted = wanted.to(tl.int32)
-    tl.store(todo + filled + tl.cumsum(wanted, axis=0) - wanted, key, mask=wanted == 1)
-    return filled + tl.sum(wanted, axis=0)
-
-
-@triton.jit
-def list_kernel(drop_time, listed, whole, total, first_block, n, capacity, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Grid: row blocks of the pass x lists (batch * groups). drop_time (lists, n).
-
-    Writes listed (lists, blocks, capacity): the keys that every query of the block sees, then those that some see;
-    whole and total (lists, blocks): how many of the first, and of both.
-    """
-    block, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = (first_block + block) * ROWS
-    stop = tl.minimum(start + ROWS, n)
-    own = group * tl.num_programs(0) + block
-    todo = listed + own * capacity
-    filled = 0
-    for chunk in range(0, start, CHUNK):
-        key = chunk + tl.arange(0, CHUNK)
-        time = tl.load(drop_time + group * n + key, mask=key < start, other=0)
-        filled = _append(todo, filled, key, time >= stop)
-    tl.store(whole + own, filled)
-    for chunk in range(0, stop, CHUNK):
-        key = chunk + tl.arange(0, CHUNK)
-        time = tl.load(drop_time + group * n + key, mask=key < stop, other=0)
-        filled = _append(todo, filled, key, (time > start) & ((time < stop) | (key >= start)))
-    tl.store(total + own, filled)
-
-
-@triton.jit
-def _gather(base, row, stride, here, WIDTH: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """The named rows of a matrix, (rows, PADDED); zeros where not `here`."""
-    column = tl.arange(0, PADDED)
-    place = base + row.to(tl.int64)[:, None] * stride + column[None, :]
-    if MASKED:
-        return tl.load(place, mask=here[:, None] & (column < WIDTH)[None, :], other=0.0)
-    if WIDTH < PADDED:
-        return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
-    return tl.load(place)
-
-
-@triton.jit
-def _attend(
-    queries, top, weight_sum, seen, row, todo, place, total, drop_time, key_base, value_base, key_stride, value_stride,
-    score_scale, WIDTH: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """One tile of the running softmax (arXiv 2205.14135) over listed keys; MASKED: some query does not see some key."""
-    entry = place + tl.arange(0, KEYS)
-    here = entry < total
-    if MASKED:
-        key = tl.load(todo + entry, mask=here, other=0)
-    else:
-        key = tl.load(todo + entry)
-    keys = _gather(key_base, key, key_stride, here, WIDTH, PADDED, MASKED)
-    values = _gather(value_base, key, value_stride, here, WIDTH, PADDED, MASKED)
-    if UPCAST:
-        keys, values = keys.to(tl.float32), values.to(tl.float32)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * score_scale
-    if MASKED:
-        time = tl.load(drop_time + key, mask=here, other=0)
-        scores = tl.where((key[None, :] <= row[:, None]) & (row[:, None] < time[None, :]), scores, GONE)
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None])
-    if MASKED:
-        # A query that has seen nothing yet has GONE for its top, and exp2(GONE - GONE) is 1.
-        weights = tl.where(scores > GONE, weights, 0.0)
-    fade = tl.exp2(top - new_top)
-    weight_sum = weight_sum * fade + tl.sum(weights, axis=1)
-    seen = tl.dot(weights.to(values.dtype), values, seen * fade[:, None], input_precision=PRECISION)
-    return new_top, weight_sum, seen
-
-
-@triton.jit
-def prefill_kernel(
-    query,
-    key,
-    value,
-    output,
-    drop_time,
-    listed,
-    whole,
-    total,
-    query_batch_stride,
-    query_head_stride,
-    query_stride,
-    key_batch_stride,
-    key_head_stride,
-    key_stride,
-    value_batch_stride,
-    value_head_stride,
-    value_stride,
-    heads,
-    groups,
-    lists,
-    n,
-    first_block,
-    blocks,
-    capacity,
-    score_scale,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One row block of one head. Grid: heads (fastest: they gather the same keys) x row blocks of the pass x batch.
-
-    lists: lists per sequence, 1 or one per key/value head. Writes output (batch, heads, n, WIDTH).
-    """
-    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    block = blocks - 1 - tl.program_id(1)  # the longest first
-    row = (first_block + block) * ROWS + tl.arange(0, ROWS)
-    kv_head = head // groups
-    group = batch * lists + tl.minimum(kv_head, lists - 1)
-    key_base = head_base(key, batch, key_batch_stride, kv_head, key_head_stride)
-    value_base = head_base(value, batch, value_batch_stride, kv_head, value_head_stride)
-    query_base = head_base(query, batch, query_batch_stride, head, query_head_stride)
-    queries = load_rows(query_base, row, query_stride, n, WIDTH, PADDED, UPCAST)
-    own = group * blocks + block
-    todo, times = listed + own * capacity, drop_time + group * n
-    count = tl.load(total + own)
-    unmasked = tl.load(whole + own) // KEYS * KEYS
-    top = tl.full([ROWS], GONE, tl.float32)
-    weight_sum = tl.zeros([ROWS], tl.float32)
-    seen = tl.zeros([ROWS, PADDED], tl.float32)
-    for place in range(0, unmasked, KEYS):
-        top, weight_sum, seen = _attend(
-            queries, top, weight_sum, seen, row, todo, place, count, times, key_base, value_base, key_stride,
-            value_stride, score_scale, WIDTH, PADDED, KEYS, False, PRECISION, UPCAST,
-        )  # fmt: skip
-    for place in range(unmasked, count, KEYS):
-        top, weight_sum, seen = _attend(
-            queries, top, weight_sum, seen, row, todo, place, count, times, key_base, value_base, key_stride,
-            value_stride, score_scale, WIDTH, PADDED, KEYS, True, PRECISION, UPCAST,
-        )  # fmt: skip
-    weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)  # rows beyond n have seen nothing
-    own_output = output + (batch * heads + head) * n * WIDTH
-    store_rows(own_output, row, WIDTH, n, seen / weight_sum[:, None], WIDTH, PADDED)
-
-
 def drop_time_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     drop_time: Tensor,
     scale: float,
+    pattern: Pattern | None = None,
     *,
     tile: tuple[int, int] | None = None,
     lists: int = LISTS,
@@ -204,11 +59,11 @@ def drop_time_attention(
     """Arguments and result as kernels.drop_time_attention; tile: queries and keys per tile, powers of two from 16 on;
     lists: bytes that lists of keys may take.
 
-    Raises ValueError for float64, widths that differ, and a device that has no Triton.
+    Raises ValueError for float64, widths that differ, patterns of odd blocks, and a device that has no Triton.
     """
     check_device(query)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return torch_path.drop_time_attention(query, key, value, drop_time, scale)
+        return torch_path.drop_time_attention(query, key, value, drop_time, scale, pattern)
     dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
     if dtype == torch.float64:
         raise ValueError("float64 input: Triton computes in float32; take impl='torch'")
@@ -220,9 +75,13 @@ def drop_time_attention(
     q, k, v = (t.to(dtype) if t.stride(-1) == 1 else t.to(dtype).contiguous() for t in (query, key, value))
     launch = BY_FAMILY[generation(query.device)]
     rows, keys = tile or launch.tile
+    times = drop_time.clamp(max=query.shape[2]).to(torch.int32).contiguous()
+    allowed, pattern_block = times, query.shape[2]  # stand in where there is no pattern: nothing reads them
+    if pattern is not None:
+        rows, pattern_block = _rows_within(pattern.block, rows), pattern.block
+        allowed = pattern.allowed.to(torch.uint8).contiguous()
     batch, heads, n, width = q.shape
     own_lists = drop_time.shape[1] if drop_time.ndim == 3 else 1
-    times = drop_time.clamp(max=n).to(torch.int32).contiguous()
     output = torch.empty(batch, heads, n, width, dtype=dtype, device=q.device)
     strides, groups = strides_of(q, k, v), heads // k.shape[1]
     capacity, row_blocks = triton.cdiv(n, keys) * keys, triton.cdiv(n, rows)
@@ -233,14 +92,23 @@ def drop_time_attention(
             listed = torch.empty(batch * own_lists, blocks, capacity, dtype=torch.int32, device=q.device)
             whole, total = torch.empty(2, batch * own_lists, blocks, dtype=torch.int32, device=q.device)
             list_kernel[(blocks, batch * own_lists)](
-                times, listed, whole, total, first, n, capacity, ROWS=rows, CHUNK=CHUNK
-            )
+                times, allowed, listed, whole, total, first, n, capacity, pattern_block, ROWS=rows, CHUNK=CHUNK,
+                PATTERN=pattern is not None,
+            )  # fmt: skip
             prefill_kernel[(heads, blocks, batch)](
                 q, k, v, output, times, listed, whole, total, *strides, heads, groups, own_lists, n, first, blocks,
                 capacity, scale * math.log2(math.e), **_constants(width, rows, keys, dtype), num_warps=launch.warps,
                 num_stages=launch.stages,
             )  # fmt: skip
     return output.to(query.dtype)
+
+
+def _rows_within(block: int, most: int) -> int:
+    """Queries per tile, at most `most`, such that no tile lies in two blocks of a pattern."""
+    rows = min(most, block & -block)  # the largest power of two in it
+    if rows < 16:
+        raise ValueError(f"pattern.block is {block}; Triton takes multiples of 16: take impl='torch'")
+    return rows
 
 
 def _constants(width: int, rows: int, keys: int, dtype: torch.dtype) -> dict[str, object]:
@@ -259,20 +127,15 @@ def shipped() -> list[Shipped]:
     found = []
     for family, launch in BY_FAMILY.items():
         rows, keys = launch.tile
-        found.append(
-            Shipped(
-                f"prefill list_kernel rows={rows}",
-                list_kernel,
-                {
-                    **dict.fromkeys(("drop_time", "listed", "whole", "total"), "*i32"),
-                    **dict.fromkeys(("first_block", "n", "capacity"), "i32"),
-                },
-                {"ROWS": rows, "CHUNK": CHUNK},
-                4,
-                3,
-                (family,),
-            )
-        )
+        for patterned in (False, True):
+            signature = {
+                **dict.fromkeys(("drop_time", "listed", "whole", "total"), "*i32"),
+                "allowed": "*u8" if patterned else "*i32",
+                **dict.fromkeys(("first_block", "n", "capacity", "pattern_block"), "i32"),
+            }
+            constants = {"ROWS": rows, "CHUNK": CHUNK, "PATTERN": patterned}
+            name = f"prefill list_kernel rows={rows}{' pattern' if patterned else ''}"
+            found.append(Shipped(name, list_kernel, signature, constants, 4, 3, (family,)))
         for width, name in ((32, "bf16"), (64, "bf16"), (64, "fp16"), (80, "bf16"), (96, "bf16"), (128, "bf16")):
             found.append(
                 Shipped(

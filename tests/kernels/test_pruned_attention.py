@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
@@ -224,6 +226,58 @@ def test_log_survival_is_the_log_of_the_product_form(alpha):
     log_alive = kernels.log_survival(*gates, alpha, **plan)
     torch.testing.assert_close(log_alive.exp().tril(), reference.survival(*gates, alpha, **plan))
     assert not log_alive.triu().any()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own look at it
+def test_torch_compile_takes_what_lies_around_it():
+    """Graphs before and behind; the blocks themselves run as they are written."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    tensors, plan = inputs(4, 2, 70, dtype=torch.float32), documents(70)
+    backend = CompileCounterWithBackend("aot_eager")
+
+    def layer(query, *rest):
+        return kernels.pruned_attention(query * 2.0, *rest, 1.5, **plan)[0] + 1.0
+
+    compiled = torch.compile(layer, backend=backend)
+    results = []
+    for function in (layer, compiled):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = function(*leaves)
+        results.append([output.detach(), *torch.autograd.grad((output**2).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert backend.op_count < 20, "a few operations on either side, not those of every block"
+
+
+def test_compiled_gates_are_exact(n=512):
+    """Under torch.compile's own CPU code they would not be: see kernels._as_written."""
+    x = torch.linspace(-1.0, 1.0, n)
+    compiled = torch.compile(lambda x, alpha: kernels.alpha_sigmoid(x, alpha) * 1.0, dynamic=True, backend="aot_eager")
+    for alpha in (1.001, 4.0, 8.0):
+        assert torch.equal(compiled(x, alpha), kernels.alpha_sigmoid(x, alpha))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_problem_has_the_references_answer(data):
+    """Shapes, documents, protected tokens and gates drawn at random: saturated, exactly 0, exactly at the edges."""
+    heads, kv_heads = data.draw(st.sampled_from([(1, 1), (2, 1), (4, 2)]))
+    n, batch = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 2))
+    alpha = data.draw(st.sampled_from([1.0, 1.001, 1.5, 2.0, 3.0, 8.0, 16.0]))
+    tensors = inputs(heads, kv_heads, n, batch, seed=data.draw(st.integers(0, 10**6)))
+    tensors[3] *= data.draw(st.sampled_from([0.0, 0.1, 1.0, 100.0]))
+    # With interaction queries of zero every logit is beta: 0 and the edges of the band exactly.
+    edge = 1.0 / (alpha - 1.0) if alpha > 1.0 else 3.0
+    tensors[5].fill_(data.draw(st.sampled_from([0.0, edge, -edge, 0.5 * edge, 1.5, -1.0])))
+    column = torch.arange(n)
+    end = column + data.draw(st.sampled_from([1, 2, 7, 100]))
+    guard = column + data.draw(st.sampled_from([0, 1, 3, 100]))
+    plan = {"end": end.expand(batch, n), "guard": guard.expand(batch, n)}
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            cut_into_segments(patch, *data.draw(st.sampled_from([(4, 2), (8, 8), (6, 3)])))
+        assert_same(run(tensors, alpha, **plan), run(tensors, alpha, "reference", **plan), 1e-9)
 
 
 def test_shapes_and_alphas_that_do_not_fit_are_refused_by_name():

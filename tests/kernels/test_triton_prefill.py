@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
-from kernels.hard_attention import triton_path
+from kernels.hard_attention import patterns, triton_path
 from tests.kernels.test_drop_time_attention import inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,6 +95,19 @@ def test_views_of_other_layouts_and_gradients_are_taken():
     assert torch.autograd.grad(output.sum(), leaf)[0].abs().max() > 0
 
 
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16)])
+@pytest.mark.parametrize("pattern", [patterns.strided(61, 16, 7), patterns.blocks(61, 32, sinks=3, scattered=1)])
+def test_patterns_hide_what_they_hide(pattern, tile):
+    tensors, pattern = moved(inputs(4, 2, 61)), pattern.to(DEVICE)
+    exact = kernels.drop_time_attention(*tensors, pattern=pattern, scale=0.3, impl="reference")
+    assert largest_error(triton_path.drop_time_attention(*tensors, 0.3, pattern, tile=tile), exact) <= 2e-6
+
+
+def test_a_pattern_of_odd_blocks_is_refused():
+    with pytest.raises(ValueError, match=r"pattern\.block is 20; Triton takes multiples of 16"):
+        triton_path.drop_time_attention(*moved(inputs(4, 2, 61)), 0.3, patterns.strided(61, 20, 7).to(DEVICE))
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_lists_hold_exactly_what_is_seen(data):
@@ -105,7 +118,10 @@ def test_lists_hold_exactly_what_is_seen(data):
     blocks = -(-n // rows) - first
     listed = torch.full((1, blocks, n), -1, dtype=torch.int32, device=DEVICE)
     whole, total = torch.zeros(2, 1, blocks, dtype=torch.int32, device=DEVICE)
-    triton_path.list_kernel[(blocks, 1)](times.to(DEVICE), listed, whole, total, first, n, n, ROWS=rows, CHUNK=32)
+    times = times.to(DEVICE)
+    triton_path.list_kernel[(blocks, 1)](
+        times, times, listed, whole, total, first, n, n, n, ROWS=rows, CHUNK=32, PATTERN=False
+    )
     for block in range(blocks):
         queries = range((first + block) * rows, min(n, (first + block + 1) * rows))
         seen = {key: [key <= query < times[0, key] for query in queries] for key in range(n)}
@@ -123,7 +139,7 @@ def test_lists_hold_exactly_what_is_seen(data):
     [
         (lambda q, k, v: (q.double(), k, v), "float64"),
         (lambda q, k, v: (q, k, v[..., :4]), "want one width"),
-        (lambda q, k, v: [torch.zeros(*t.shape[:3], 130) for t in (q, k, v)], "Triton takes 1 to 128"),
+        (lambda q, k, v: [torch.zeros(*t.shape[:3], 130, device=q.device) for t in (q, k, v)], "Triton takes 1 to 128"),
     ],
 )
 def test_what_triton_cannot_do_is_refused(change, message):
