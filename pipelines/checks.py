@@ -58,6 +58,7 @@ RANGES = {
     "benchmark.repeats": "[1, 1000]",
     "kernels.lengths": "[1, 1048576]",
     "kernels.batch": "[1, 4096]",
+    "kernels.decode_batch": "[1, 4096]",
     "kernels.heads": "[1, 1024]",
     "kernels.kv_heads": "[1, 1024]",
     "kernels.width": "[1, 256]",
@@ -79,6 +80,7 @@ WORDS = {
     "pruning.policy": ("dense", "learned", "window", "strided"),
     "engine.dtype": ("float32", "bfloat16"),
     "benchmark.target": ("decoding", "kernels"),
+    "kernels.operations": ("training", "prefill", "decoding"),
     "kernels.dtype": ("float32", "bfloat16", "float16"),
     "tracking.mode": ("offline", "online", "off"),
     "format": ("text", "json"),
@@ -103,9 +105,7 @@ def check(config: Config, *, trial: bool = True) -> None:
     _check_model(config, trial)
     _check_schedule(config)
     _check_engine(config)
-    if config.kernels.heads % config.kernels.kv_heads:
-        heads = f"kernels.heads={config.kernels.heads}"
-        raise UserError(f"kernels.kv_heads={config.kernels.kv_heads} does not divide {heads}: change one of them")
+    _check_kernels(config)
     if trial:
         _check_data(config)
         _check_pruning(config)
@@ -125,8 +125,9 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _check_value(name: str, value: Any) -> None:
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{name} holds bytes that are not UTF-8: give it as UTF-8 text")
-    if name in WORDS and value not in WORDS[name]:
-        raise UserError(f"{name}={value}: choose one of {', '.join(WORDS[name])}")
+    for word in value if isinstance(value, list) else [value]:
+        if name in WORDS and word not in WORDS[name]:
+            raise UserError(f"{name}={word}: choose one of {', '.join(WORDS[name])}")
     if name in RANGES:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not _inside(number, RANGES[name]):
@@ -231,6 +232,17 @@ def _check_contexts(config: Config) -> None:
         raise UserError(
             f"policy.sinks + policy.recent = {protected} protects the whole train.context={context}: lower them"
         )
+
+
+def _check_kernels(config: Config) -> None:
+    settings = config.kernels
+    if settings.heads % settings.kv_heads:
+        heads = f"kernels.heads={settings.heads}"
+        raise UserError(f"kernels.kv_heads={settings.kv_heads} does not divide {heads}: change one of them")
+    if not settings.operations:
+        raise UserError(f"kernels.operations is empty: list some of {', '.join(WORDS['kernels.operations'])}")
+    if settings.checkpoint is not None and not Path(settings.checkpoint).expanduser().is_dir():
+        raise UserError(f"kernels.checkpoint={settings.checkpoint}: no such folder; give one written by train or sweep")
 
 
 def _check_engine(config: Config) -> None:

@@ -20,7 +20,7 @@ VERBS = ("sweep", "train", "evaluate", "benchmark", "generate", "report", "docto
 # Verbs that work on something already trained: `checkpoint=FOLDER` is short for generate.checkpoint.
 READS_CHECKPOINT = ("evaluate", "benchmark", "generate")
 # Text is taken as it stands: a prompt may hold brackets and commas, which Hydra's grammar would read as lists.
-LITERAL = ("generate.prompt", "generate.checkpoint", "runs")
+LITERAL = ("generate.prompt", "generate.checkpoint", "kernels.checkpoint", "runs")
 CODE = re.compile(r"_(target|partial|args|recursive|convert)_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -223,8 +223,9 @@ def _absolute_paths(config: Config) -> None:
         config.model.name = (
             re.sub(r"[^a-z0-9._-]+", "-", Path(config.model.path).name.lower()).strip("-._")[:48] or "local"
         )
-    if config.generate.checkpoint:
-        config.generate.checkpoint = str(Path(config.generate.checkpoint).expanduser().absolute())
+    for holder in (config.generate, config.kernels):
+        if holder.checkpoint:
+            holder.checkpoint = str(Path(holder.checkpoint).expanduser().absolute())
 
 
 def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | None]:
@@ -252,6 +253,9 @@ def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | Non
 def _require_checkpoint(verb: str, config: Config) -> None:
     folder = config.generate.checkpoint
     if verb == "benchmark" and config.benchmark.target == "kernels":
+        # A model is one of two things to measure there, and checkpoint=FOLDER is short for it.
+        config.kernels.checkpoint = config.kernels.checkpoint or folder
+        checks.check(config, trial=False)
         return
     if not folder:
         raise UserError("which model? give checkpoint=FOLDER, written by train or sweep")

@@ -185,12 +185,19 @@ class BenchmarkConfig:
 
 @dataclass
 class KernelsConfig:
-    """One attention layer on random inputs, for benchmark target=kernels."""
+    """One attention layer for benchmark target=kernels: random inputs, or with checkpoint=FOLDER the layers of a model,
+    whose sizes and context then count instead of lengths, heads, kv_heads, width, rank, drops and alphas."""
 
+    operations: list[str] = field(default_factory=lambda: ["training", "prefill", "decoding"])
+    """What is measured: training (forward and backward), prefill and decoding (under the step function)."""
+    checkpoint: str | None = None
+    """Folder written by train or sweep whose layers are measured on text they read; empty: random inputs."""
     lengths: list[int] = field(default_factory=lambda: [1024, 4096])
     """Tokens per row."""
     batch: int = 1
-    """Rows."""
+    """Rows, in training and prefill."""
+    decode_batch: int = 8
+    """Sequences that decode together."""
     heads: int = 12
     """Query heads."""
     kv_heads: int = 12
@@ -209,6 +216,10 @@ class KernelsConfig:
     """Sharpness of the gates elsewhere."""
     largest_gb: float = 12.0
     """Memory, in GB (1e9 bytes), beyond which peers with n x n tensors are left out."""
+    flex: bool = False
+    """Run FlexAttention on a CPU too: its first compile takes a minute there. On a GPU it always runs."""
+    memory: bool = True
+    """Measure peak memory too, each peer in a process of its own: some seconds each."""
 
 
 @dataclass
