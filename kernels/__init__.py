@@ -1,74 +1,33 @@
-"""Which operations make pruned attention, and which implementation runs?
+"""Which operations make pruned attention?
 
-`impl` never changes the meaning, only the speed.
+`impl` never changes the meaning, only the speed: "reference" is the float64 truth, "torch" runs everywhere, "triton" on
+GPUs; "auto" takes Triton on a GPU where it has agreed with the reference (kernels.agreement), else torch.
 """
 
 from __future__ import annotations
-
-import importlib
-import importlib.util
-import os
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode import reference as _decode_reference
-from kernels.decode import torch_path as _decode_torch
 from kernels.decode.pages import NEVER, Pages
-from kernels.hard_attention import reference as _hard_reference
-from kernels.hard_attention import torch_path as _hard_torch
 from kernels.hard_attention.patterns import Pattern
-from kernels.liveness import reference as _times_reference
-from kernels.liveness import torch_path as _times_torch
-from kernels.sigmoid import reference as _alpha_reference
-from kernels.sigmoid import torch_path as _alpha_torch
-from kernels.soft_attention import reference as _soft_reference
-from kernels.soft_attention import torch_gates as _soft_gates
-from kernels.soft_attention import torch_path as _soft_torch
+from kernels.implementations import IMPLEMENTATIONS, Impl, as_written, describe, run
+from kernels.soft_attention import torch_gates
 
-
-def _triton(folder: str, operation: str):
-    """The operation in kernels/<folder>/triton_path.py, imported when it is first called: Triton may be missing."""
-
-    def run(*arguments):
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError("impl='triton': the package triton is not installed; take impl='torch'")
-        return getattr(importlib.import_module(f"kernels.{folder}.triton_path"), operation)(*arguments)
-
-    return run
-
-
-Impl = Literal["auto", "reference", "torch", "triton"]
-IMPLEMENTATIONS: dict[str, dict[str, object]] = {
-    "alpha_sigmoid": {
-        "reference": _alpha_reference.alpha_sigmoid,
-        "torch": _alpha_torch.alpha_sigmoid,
-        "triton": _triton("sigmoid", "alpha_sigmoid"),
-    },
-    "pruned_attention": {
-        "reference": _soft_reference.pruned_attention,
-        "torch": _soft_torch.pruned_attention,
-        "triton": _triton("soft_attention", "pruned_attention"),
-    },
-    "drop_times": {
-        "reference": _times_reference.drop_times,
-        "torch": _times_torch.drop_times,
-        "triton": _triton("liveness", "drop_times"),
-    },
-    "drop_time_attention": {
-        "reference": _hard_reference.drop_time_attention,
-        "torch": _hard_torch.drop_time_attention,
-        "triton": _triton("hard_attention", "drop_time_attention"),
-    },
-    "decode_attention": {
-        "reference": _decode_reference.decode_attention,
-        "torch": _decode_torch.decode_attention,
-        "triton": _triton("decode", "decode_attention"),
-    },
-}
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Pages",
+    "Pattern",
+    "alpha_sigmoid",
+    "decode_attention",
+    "describe",
+    "drop_time_attention",
+    "drop_times",
+    "log_survival",
+    "pruned_attention",
+]
 
 
 def alpha_sigmoid(x: Float[Tensor, ...], alpha: float, *, impl: Impl = "auto") -> Float[Tensor, ...]:
@@ -79,7 +38,7 @@ def alpha_sigmoid(x: Float[Tensor, ...], alpha: float, *, impl: Impl = "auto") -
     """
     checks.alpha(alpha)
     checks.dtypes(checks.FLOATS, x=x)
-    return _pick("alpha_sigmoid", impl)(x, alpha)
+    return run("alpha_sigmoid", impl, x, alpha)
 
 
 def pruned_attention(
@@ -112,8 +71,8 @@ def pruned_attention(
     checks.devices(query=query, interaction_query=interaction_query)
     guard, end = _defaults(guard, end, interaction_query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _pick("pruned_attention", impl)(
-        query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale
+    return run(
+        "pruned_attention", impl, query, key, value, interaction_query, interaction_key, beta, alpha, guard, end, scale
     )
 
 
@@ -132,7 +91,7 @@ def log_survival(
     batch, n = interaction_query.shape[:2]
     checks.interaction(interaction_query, interaction_key, beta, batch, n)
     guard, end = _defaults(guard, end, interaction_query)
-    return _as_written(_soft_gates.log_survival)(interaction_query, interaction_key, beta, alpha, guard, end)
+    return as_written(torch_gates.log_survival)(interaction_query, interaction_key, beta, alpha, guard, end)
 
 
 def drop_times(
@@ -152,7 +111,7 @@ def drop_times(
     batch, n = interaction_query.shape[:2]
     checks.interaction(interaction_query, interaction_key, beta, batch, n)
     guard, end = _defaults(guard, end, interaction_query)
-    return _pick("drop_times", impl)(interaction_query, interaction_key, beta, guard, end)
+    return run("drop_times", impl, interaction_query, interaction_key, beta, guard, end)
 
 
 def drop_time_attention(
@@ -174,7 +133,7 @@ def drop_time_attention(
     checks.drop_time(drop_time, query, key)
     checks.pattern(pattern, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _pick("drop_time_attention", impl)(query, key, value, drop_time, scale, pattern)
+    return run("drop_time_attention", impl, query, key, value, drop_time, scale, pattern)
 
 
 def decode_attention(
@@ -209,55 +168,21 @@ def decode_attention(
         torch.full_like(step, NEVER) if drop_time is None else torch.maximum(drop_time.to(torch.int32), step + 1)
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _pick("decode_attention", impl)(
-        query, key, value, interaction_query, interaction_key, beta, step, guard, drop_time, pages, scale
+    return run(
+        "decode_attention",
+        impl,
+        query,
+        key,
+        value,
+        interaction_query,
+        interaction_key,
+        beta,
+        step,
+        guard,
+        drop_time,
+        pages,
+        scale,
     )
-
-
-def describe() -> list[dict[str, object]]:
-    """One record per operation and implementation: what runs here, and why not. `auto` takes torch everywhere: no
-    Triton kernel has been seen to agree with the reference on a device yet."""
-    cuda = torch.cuda.is_available()
-    where = "CUDA and CPU" if cuda else "CPU (no CUDA device)"
-    state = {
-        "reference": (True, "float64, for tests"),
-        "torch": (True, f"{where}, float64/float32/bfloat16/float16"),
-        "triton": _triton_state(cuda),
-    }
-    return [
-        {
-            "operation": operation,
-            "implementation": name,
-            "available": state[name][0],
-            "reason": state[name][1],
-        }
-        for operation, implementations in IMPLEMENTATIONS.items()
-        for name in implementations
-    ]
-
-
-def _triton_state(cuda: bool) -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
-        return False, "the package triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True, "interpreted in Python (TRITON_INTERPRET=1), for tests"
-    if not cuda:
-        return False, "no CUDA device; TRITON_INTERPRET=1 interprets it, slowly"
-    return True, "CUDA, float32/bfloat16/float16; on request only"
-
-
-def _pick(operation: str, impl: str):
-    available = IMPLEMENTATIONS[operation]
-    name = "torch" if impl == "auto" else impl
-    if name not in available:
-        raise ValueError(f"impl={impl!r}: {operation} has {', '.join(['auto', *available])}")
-    return available[name] if name == "triton" else _as_written(available[name])
-
-
-def _as_written(function):
-    """What torch.compile must leave alone: loops whose lengths depend on numbers, and gates that its CPU code gets
-    wrong (expm1 as exp - 1, an exponent frozen at its first value). It compiles what lies before and behind."""
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _defaults(guard: Tensor | None, end: Tensor | None, gates: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
 
+class Refused(ValueError):
+    """Arguments that the Triton path does not take and the torch path does."""
+
+
 def alpha(value: float) -> None:
     """Raises ValueError outside [1, 16], and for NaN."""
     if not 1.0 <= value <= MAX_ALPHA:

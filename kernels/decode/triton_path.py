@@ -12,10 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.ahead_of_time import Shipped
+from kernels.ahead_of_time import FAMILIES, Shipped
+from kernels.checks import Refused
 from kernels.decode.pages import Pages
 from kernels.decode.triton_step import combine_kernel, split_kernel, store_kernel
-from kernels.sigmoid.triton_path import check_device, interpreted, on_device
+from kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
+from kernels.soft_attention.triton_shape import DTYPES, generation
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -26,7 +28,14 @@ PROGRAMS = 528
 MOST_SPLITS = 64
 """Splits of a row at most: the last kernel reads one running softmax each."""
 
-WARPS, STAGES = 4, 3
+COMBINE_WARPS = 4
+
+
+def launch_for(dtype: torch.dtype, page: int, family: str) -> tuple[int, int]:
+    """Warps and pages in flight of split_kernel: those without spills."""
+    if family == "cdna":
+        return 4, 1 if dtype == torch.float32 or page > 64 else 3
+    return (8, 2) if dtype == torch.float32 else (4, 3)
 
 
 def decode_attention(
@@ -47,14 +56,18 @@ def decode_attention(
     """Arguments and result as kernels.decode_attention; splits: programs that share a row's pages (by default as
     many as fill a GPU).
 
-    Raises ValueError for float64, heads wider than 128, and a device that has no Triton.
+    Raises ValueError for float64, heads wider than 128, pages too large for wide float32 heads, and a device that has
+    no Triton.
     """
     check_device(query)
-    if torch.float64 in (query.dtype, pages.keys.dtype):
-        raise ValueError("float64 input: Triton computes in float32; take impl='torch'")
+    gate_type = query.dtype if interaction_query is None else interaction_query.dtype
+    if torch.float64 in (query.dtype, pages.keys.dtype, gate_type):
+        raise Refused("float64 input: Triton computes in float32; take impl='torch'")
     rows, heads, width = query.shape
     if width > WIDEST:
-        raise ValueError(f"query has width {width}; Triton takes 1 to {WIDEST}: take impl='torch'")
+        raise Refused(f"query has width {width}; Triton takes 1 to {WIDEST}: take impl='torch'")
+    if pages.keys.dtype == torch.float32 and width > 64 and pages.page > 64:
+        raise Refused(f"pages of {pages.page} slots: Triton takes 16, 32 and 64 for float32 heads wider than 64")
     kv_heads, most = key.shape[1], pages.table.shape[1]
     groups = heads // kv_heads
     splits = _splits(rows * kv_heads, most) if splits is None else splits
@@ -71,6 +84,7 @@ def decode_attention(
         gate_query, gate_key = interaction_query.contiguous(), interaction_key.contiguous()
     state = (pages.table, pages.used, pages.free)
     widths = _widths(width, pages.page)
+    warps, stages = launch_for(pages.keys.dtype, pages.page, generation(query.device))
     ranks = {"RANK": rank, "PADDED_RANK": max(16, triton.next_power_of_2(rank)), "GATED": gated}
     with on_device(query):
         store_kernel[(kv_heads, rows)](
@@ -80,12 +94,12 @@ def decode_attention(
         split_kernel[(splits, kv_heads, rows)](
             query, gate_query, offset, step, pages.keys, pages.values, gate_keys, pages.drop_time, pages.guard,
             *state, split_top, split_sum, split_seen, split_free, kv_heads, most, splits, scale * math.log2(math.e),
-            1.0 / math.sqrt(rank), **widths, **ranks, **_groups(groups, pages.keys.dtype), num_warps=WARPS,
-            num_stages=STAGES,
+            1.0 / math.sqrt(rank), **widths, **ranks, **_groups(groups, pages.keys.dtype), num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
         combine_kernel[(heads, rows)](
             output, split_top, split_sum, split_seen, split_free, step, *state, heads, most, splits, **widths,
-            SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,
+            SPLITS=triton.next_power_of_2(splits), num_warps=COMBINE_WARPS,
         )  # fmt: skip
     return output
 
@@ -101,61 +115,55 @@ def _widths(width: int, page: int) -> dict[str, object]:
 
 def _groups(groups: int, dtype: torch.dtype) -> dict[str, object]:
     """Query heads per key/value head, padded to what tensor cores take."""
-    exact = dtype == torch.float32 or torch.version.hip is not None
     return {
         "GROUPS": groups,
         "PADDED_GROUPS": max(16, triton.next_power_of_2(groups)),
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": precision(dtype),
         "UPCAST": interpreted() and dtype == torch.bfloat16,
     }
 
 
 def shipped() -> list[Shipped]:
-    """Pages of 64 at every width in bfloat16, gated by rank 64 and, at width 64, not gated."""
-    found = []
+    """Every width in bfloat16, 64 and 128 in float32, gated by rank 64 and, at width 64, not gated; pages of 64, and
+    the largest."""
+    widths = (32, 64, 80, 96, 128)
+    variants = [(width, True, torch.bfloat16, 64) for width in widths] + [(64, False, torch.bfloat16, 64)]
+    variants += [(64, True, torch.float32, 64), (128, True, torch.float32, 64)]
+    variants += [(128, True, torch.bfloat16, 128), (64, True, torch.float32, 128)]
+    return [shipped for variant in variants for shipped in _shipped(*variant)]
+
+
+def _shipped(width: int, gated: bool, dtype: torch.dtype, page: int) -> list[Shipped]:
+    sizes, pointer = _widths(width, page), f"*{DTYPES[dtype]}"
+    ranks = {"RANK": 64, "PADDED_RANK": 64, "GATED": gated}
+    name = f"width={width} {DTYPES[dtype]} page={page}{'' if gated else ' no gates'}"
     integers = ("step", "drop_times", "guards", "table", "used", "free")
-    for width, gated in ((32, True), (64, True), (64, False), (80, True), (96, True), (128, True)):
-        widths, name = _widths(width, 64), f"width={width} {'gated' if gated else 'no gates'}"
-        ranks = {"RANK": 64, "PADDED_RANK": 64, "GATED": gated}
-        found += [
-            Shipped(
-                f"decode store_kernel {name}",
-                store_kernel,
-                {
-                    **dict.fromkeys(("key", "value", "interaction_key", "keys", "values", "interactions"), "*bf16"),
-                    **dict.fromkeys((*integers, "guard", "drop_time", "refused"), "*i32"),
-                    **dict.fromkeys(("kv_heads", "most"), "i32"),
-                },
-                {**widths, **ranks},
-                1,
-                3,
-            ),
-            Shipped(
-                f"decode split_kernel {name}",
-                split_kernel,
-                {
-                    **dict.fromkeys(("query", "interaction_query", "beta", "keys", "values", "interactions"), "*bf16"),
-                    **dict.fromkeys((*integers, "split_free"), "*i32"),
-                    **dict.fromkeys(("split_top", "split_sum", "split_seen"), "*fp32"),
-                    **dict.fromkeys(("kv_heads", "most", "splits"), "i32"),
-                    **dict.fromkeys(("score_scale", "gate_scale"), "fp32"),
-                },
-                {**widths, **ranks, **_groups(1, torch.bfloat16), "UPCAST": False},
-                WARPS,
-                STAGES,
-            ),
-            Shipped(
-                f"decode combine_kernel {name}",
-                combine_kernel,
-                {
-                    "output": "*bf16",
-                    **dict.fromkeys(("split_top", "split_sum", "split_seen"), "*fp32"),
-                    **dict.fromkeys(("split_free", "step", "table", "used", "free"), "*i32"),
-                    **dict.fromkeys(("heads", "most", "splits"), "i32"),
-                },
-                {**widths, "SPLITS": 16},
-                WARPS,
-                3,
-            ),
-        ]
-    return found
+    sums = dict.fromkeys(("split_top", "split_sum", "split_seen"), "*fp32")
+    store = {
+        **dict.fromkeys(("key", "value", "interaction_key", "keys", "values", "interactions"), pointer),
+        **dict.fromkeys((*integers, "guard", "drop_time", "refused"), "*i32"),
+        **dict.fromkeys(("kv_heads", "most"), "i32"),
+    }
+    split = {
+        **dict.fromkeys(("query", "interaction_query", "beta", "keys", "values", "interactions"), pointer),
+        **dict.fromkeys((*integers, "split_free"), "*i32"),
+        **sums,
+        **dict.fromkeys(("kv_heads", "most", "splits"), "i32"),
+        **dict.fromkeys(("score_scale", "gate_scale"), "fp32"),
+    }
+    combine = {
+        "output": pointer,
+        **sums,
+        **dict.fromkeys(("split_free", "step", "table", "used", "free"), "*i32"),
+        **dict.fromkeys(("heads", "most", "splits"), "i32"),
+    }
+    constants = {**sizes, **ranks, **_groups(1, dtype), "UPCAST": False}
+    return [
+        Shipped(f"decode store_kernel {name}", store_kernel, store, {**sizes, **ranks}, 1, 3),
+        Shipped(f"decode combine_kernel {name}", combine_kernel, combine, {**sizes, "SPLITS": 16}, COMBINE_WARPS, 3),
+    ] + [
+        Shipped(
+            f"decode split_kernel {name}", split_kernel, split, constants, *launch_for(dtype, page, family), (family,)
+        )
+        for family in FAMILIES
+    ]

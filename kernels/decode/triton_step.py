@@ -116,7 +116,6 @@ def split_kernel(
     _, stored, count = _slot(used, free, table, most, row, PAGE)
     # A row that is idle or was refused reads nothing.
     page_count = tl.where((now >= 0) & (stored >= 0), tl.cdiv(count, PAGE), 0)
-    share = tl.cdiv(page_count, splits)
     column, slot, group = tl.arange(0, PADDED), tl.arange(0, PAGE), tl.arange(0, PADDED_GROUPS)
     own = (row * kv_heads + head) * GROUPS + group
     wide = column < WIDTH
@@ -131,7 +130,8 @@ def split_kernel(
     weight_sum = tl.zeros([PADDED_GROUPS], tl.float32)
     seen = tl.zeros([PADDED_GROUPS, PADDED], tl.float32)
     first_free = tl.full([PAGE], NO_SLOT, tl.int32)
-    for place in range(split * share, tl.minimum((split + 1) * share, page_count)):
+    # Shares that differ by one page at most: rounded up, they would leave the last splits without work.
+    for place in range(split * page_count // splits, (split + 1) * page_count // splits):
         page = tl.load(table + row * most + place).to(tl.int64)
         taken = place * PAGE + slot < count
         time = tl.load(drop_times + page * PAGE + slot, mask=taken, other=0)

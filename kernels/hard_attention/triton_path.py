@@ -12,12 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.ahead_of_time import Shipped
+from kernels.ahead_of_time import FAMILIES, Shipped
+from kernels.checks import Refused
 from kernels.hard_attention import torch_path
 from kernels.hard_attention.patterns import Pattern
 from kernels.hard_attention.triton_prefill import list_kernel, prefill_kernel
-from kernels.sigmoid.triton_path import check_device, interpreted, on_device
-from kernels.soft_attention.triton_shape import generation, strides_of
+from kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
+from kernels.soft_attention.triton_shape import DTYPES, SHAPES, generation, strides_of
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -38,11 +39,15 @@ class Launch:
     stages: int
 
 
-BY_FAMILY = {
-    "hopper": Launch((128, 64), warps=8, stages=3),
-    "ampere": Launch((64, 64), warps=4, stages=3),
-    "cdna": Launch((64, 64), warps=4, stages=1),
-}
+def launch_for(width: int, dtype: torch.dtype, family: str) -> Launch:
+    """The largest tile without spills, and as many keys fetched ahead as leave room for a second program."""
+    if family == "cdna":
+        return Launch((64, 64), warps=4, stages=1)
+    if dtype == torch.float32:
+        return Launch((32, 64), warps=8, stages=2)
+    if family == "hopper":
+        return Launch((128, 64), warps=8, stages=3 if width <= 64 else 5)
+    return Launch((64, 64), warps=4, stages=5 if width <= 64 else 3)
 
 
 def drop_time_attention(
@@ -66,14 +71,14 @@ def drop_time_attention(
         return torch_path.drop_time_attention(query, key, value, drop_time, scale, pattern)
     dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
     if dtype == torch.float64:
-        raise ValueError("float64 input: Triton computes in float32; take impl='torch'")
+        raise Refused("float64 input: Triton computes in float32; take impl='torch'")
     if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
         widths = [tensor.shape[-1] for tensor in (query, key, value)]
-        raise ValueError(f"query, key and value of widths {widths}: want one width")
+        raise Refused(f"query, key and value of widths {widths}: want one width")
     if query.shape[-1] > WIDEST:
-        raise ValueError(f"query has width {query.shape[-1]}; Triton takes 1 to {WIDEST}: take impl='torch'")
+        raise Refused(f"query has width {query.shape[-1]}; Triton takes 1 to {WIDEST}: take impl='torch'")
     q, k, v = (t.to(dtype) if t.stride(-1) == 1 else t.to(dtype).contiguous() for t in (query, key, value))
-    launch = BY_FAMILY[generation(query.device)]
+    launch = launch_for(query.shape[-1], dtype, generation(query.device))
     rows, keys = tile or launch.tile
     times = drop_time.clamp(max=query.shape[2]).to(torch.int32).contiguous()
     allowed, pattern_block = times, query.shape[2]  # stand in where there is no pattern: nothing reads them
@@ -107,7 +112,7 @@ def _rows_within(block: int, most: int) -> int:
     """Queries per tile, at most `most`, such that no tile lies in two blocks of a pattern."""
     rows = min(most, block & -block)  # the largest power of two in it
     if rows < 16:
-        raise ValueError(f"pattern.block is {block}; Triton takes multiples of 16: take impl='torch'")
+        raise Refused(f"pattern.block is {block}; Triton takes multiples of 16: take impl='torch'")
     return rows
 
 
@@ -117,37 +122,30 @@ def _constants(width: int, rows: int, keys: int, dtype: torch.dtype) -> dict[str
         "PADDED": max(16, triton.next_power_of_2(width)),
         "ROWS": rows,
         "KEYS": keys,
-        "PRECISION": "ieee" if dtype == torch.float32 or torch.version.hip is not None else "tf32",
+        "PRECISION": precision(dtype),
         "UPCAST": interpreted() and dtype == torch.bfloat16,
     }
 
 
 def shipped() -> list[Shipped]:
-    """The lists, and attention at every width in bfloat16, at width 64 in the other types."""
+    """The lists, and attention at every width in bfloat16, at width 64 in float16, at 64 and 128 in float32."""
     found = []
-    for family, launch in BY_FAMILY.items():
-        rows, keys = launch.tile
-        for patterned in (False, True):
-            signature = {
-                **dict.fromkeys(("drop_time", "listed", "whole", "total"), "*i32"),
-                "allowed": "*u8" if patterned else "*i32",
-                **dict.fromkeys(("first_block", "n", "capacity", "pattern_block"), "i32"),
-            }
-            constants = {"ROWS": rows, "CHUNK": CHUNK, "PATTERN": patterned}
-            name = f"prefill list_kernel rows={rows}{' pattern' if patterned else ''}"
-            found.append(Shipped(name, list_kernel, signature, constants, 4, 3, (family,)))
-        for width, name in ((32, "bf16"), (64, "bf16"), (64, "fp16"), (80, "bf16"), (96, "bf16"), (128, "bf16")):
-            found.append(
-                Shipped(
-                    f"prefill_kernel width={width} {name}",
-                    prefill_kernel,
-                    _signature(name),
-                    {**_constants(width, rows, keys, torch.bfloat16), "UPCAST": False},
-                    launch.warps,
-                    launch.stages,
-                    (family,),
-                )
-            )
+    for family in FAMILIES:
+        for rows in sorted({launch_for(width, dtype, family).tile[0] for width, dtype in SHAPES}):
+            for patterned in (False, True):
+                signature = {
+                    **dict.fromkeys(("drop_time", "listed", "whole", "total"), "*i32"),
+                    "allowed": "*u8" if patterned else "*i32",
+                    **dict.fromkeys(("first_block", "n", "capacity", "pattern_block"), "i32"),
+                }
+                constants = {"ROWS": rows, "CHUNK": CHUNK, "PATTERN": patterned}
+                name = f"prefill list_kernel rows={rows}{' pattern' if patterned else ''}"
+                found.append(Shipped(name, list_kernel, signature, constants, 4, 3, (family,)))
+        for width, dtype in SHAPES:
+            launch, name = launch_for(width, dtype, family), DTYPES[dtype]
+            tile = _constants(width, *launch.tile, dtype) | {"UPCAST": False}
+            label = f"prefill_kernel width={width} {name}"
+            found.append(Shipped(label, prefill_kernel, _signature(name), tile, launch.warps, launch.stages, (family,)))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.soft_attention.triton_tiles import GONE, head_base, load_rows, store_rows
+from kernels.soft_attention.triton_tiles import GONE, VARYING, head_base, load_rows, store_rows
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _append(todo, filled, key, wanted):
     return filled + tl.sum(wanted, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def list_kernel(
     drop_time,
     allowed,
@@ -104,7 +104,7 @@ def _attend(
     return new_top, weight_sum, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
     query,
     key,

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead_of_time import Shipped
-from kernels.sigmoid.triton_path import check_device, interpreted, on_device
+from kernels.checks import Refused
+from kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
 from kernels.soft_attention.triton_tiles import load_columns, load_rows
 
 TILE = (64, 64)
@@ -96,7 +97,7 @@ def drop_times(
     check_device(interaction_query)
     dtype = torch.promote_types(interaction_query.dtype, interaction_key.dtype)
     if dtype == torch.float64:
-        raise ValueError("float64 input: Triton computes in float32; take impl='torch'")
+        raise Refused("float64 input: Triton computes in float32; take impl='torch'")
     query, key = (
         tensor.detach().to(dtype).contiguous() if tensor.stride(-1) != 1 else tensor.detach().to(dtype)
         for tensor in (interaction_query, interaction_key)
@@ -106,7 +107,7 @@ def drop_times(
     key_blocks = triton.cdiv(n, keys)
     # Guards and ends may lie beyond any row (protected for ever, survives the batch): n says the same in 32 bits.
     bounded = end.clamp(max=n)
-    found = bounded.to(torch.int32).contiguous()
+    found = bounded.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # the kernel lowers it in place
     guard = guard.clamp(max=n).to(torch.int32).contiguous()
     split_rows = _split_rows(n, rows, key_blocks * batch) if split_rows is None else split_rows
     with on_device(query):
@@ -130,7 +131,7 @@ def _constants(rank: int, rows: int, keys: int, dtype: torch.dtype) -> dict[str,
         "ROWS": rows,
         "KEYS": keys,
         "LOOK": BLOCKS_PER_LOOK,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": precision(dtype),
         "UPCAST": interpreted() and dtype == torch.bfloat16,
     }
 

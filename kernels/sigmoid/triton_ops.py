@@ -137,4 +137,5 @@ def log2_gate(x, e, FLAT: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr):
         log_gate, slope = _logistic(x)
     else:
         log_gate, slope = _entmax(x, e, FLAT, STEPS, PTX)
-    return log_gate, slope
+    # NaN compares false with everything, and a minimum passes it by: without this it would read as a gate that keeps.
+    return tl.where(x == x, log_gate, x), slope

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.ahead_of_time import Shipped
+from kernels.checks import Refused
 from kernels.sigmoid.triton_ops import family, log2_gate
 
 BLOCK = 1024
@@ -35,7 +36,7 @@ def alpha_sigmoid(x: Tensor, alpha: float) -> Tensor:
     float32. Raises ValueError for float64, and for a device that has no Triton."""
     check_device(x)
     if x.dtype == torch.float64:
-        raise ValueError("x is float64: Triton computes in float32; take impl='torch'")
+        raise Refused("x is float64: Triton computes in float32; take impl='torch'")
     return _AlphaSigmoid.apply(x, alpha)
 
 
@@ -49,10 +50,18 @@ def has_ptx() -> bool:
     return not interpreted() and torch.version.hip is None
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as three products of TF32 where the inputs are float32, which errs no more than
+    float32 itself; as one where they are rounded more coarsely already. AMD has no TF32."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
 def check_device(tensor: Tensor) -> None:
     """Raises ValueError unless kernels can run on the tensor's device."""
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
-        raise ValueError(f"Triton kernels need a CUDA device, this is {tensor.device.type}; take impl='torch'")
+        raise Refused(f"Triton kernels need a CUDA device, this is {tensor.device.type}; take impl='torch'")
 
 
 def on_device(tensor: Tensor):

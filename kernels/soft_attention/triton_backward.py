@@ -5,12 +5,15 @@ With P the softmax weights and dP = dO V^T, the gradient by the logits is dS = P
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import FAMILIES, Shipped
-from kernels.soft_attention.triton_forward import NUMBERS, SHAPES, STRIDES
+from kernels.soft_attention.triton_forward import NUMBERS, STRIDES, bias_signature
+from kernels.soft_attention.triton_shape import DTYPES, SHAPES, attention_constants, default_tile
 from kernels.soft_attention.triton_tiles import (
+    VARYING,
     add_rows,
     head_base,
     load_bias,
@@ -41,7 +44,7 @@ def _query_tile(
     return tl.dot(d_scores.to(keys.dtype), tl.trans(keys), gradient, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     query, key, value, output, d_output, log_sum, delta, d_query, carries, local, order, mixed, constant,
     query_batch_stride, query_head_stride, query_stride, key_batch_stride, key_head_stride, key_stride,
@@ -113,9 +116,9 @@ def _key_tile(
     return d_keys, d_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
-    query, key, value, d_output, log_sum, delta, d_key, d_value, carries, local, order, mixed, constant,
+    query, key, value, d_output, log_sum, delta, d_key, d_value, home, carries, local, order, mixed, constant,
     query_batch_stride, query_head_stride, query_stride, key_batch_stride, key_head_stride, key_stride,
     value_batch_stride, value_head_stride, value_stride, d_output_batch_stride, d_output_head_stride, d_output_stride,
     heads, groups, n, first_block, row_blocks, blocks, key_blocks, score_scale, scale,
@@ -124,16 +127,18 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Adds to d_key and d_value (batch, kv heads, n, WIDTH, float32) what the row blocks of this pass want.
 
+    home (batch, keys): the key in each slot (triton_segments.py), whose gradients those of the slot are.
+
     Grid: kv heads x key blocks x batch. order (batch, key blocks, blocks): for each key block first the `mixed`, then
     the `constant` row blocks. Tiles are taken in PARTS of their rows: two accumulators leave registers for half a tile.
     """
     kv_head, key_block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    place = batch * key_blocks + key_block
-    changing = tl.load(mixed + place)
-    stop = changing + tl.load(constant + place)
+    listed = batch * key_blocks + key_block
+    changing = tl.load(mixed + listed)
+    stop = changing + tl.load(constant + listed)
     if stop == 0:
         return
-    todo = order + place * blocks
+    todo = order + listed * blocks
     column = key_block * KEYS + tl.arange(0, KEYS)
     width = key_blocks * KEYS
     carry = carries + (batch * row_blocks + first_block) * width + column
@@ -168,52 +173,54 @@ def key_gradient_kernel(
                 score_scale, WIDTH, PADDED, ROWS // PARTS, KEYS, False, PRECISION, UPCAST,
             )  # fmt: skip
     own = (batch * tl.num_programs(0) + kv_head) * n * WIDTH
-    add_rows(d_key + own, column, WIDTH, n, d_keys * scale, WIDTH, PADDED)
-    add_rows(d_value + own, column, WIDTH, n, d_values, WIDTH, PADDED)
+    place = tl.load(home + batch * width + column)
+    add_rows(d_key + own, place, WIDTH, n, d_keys * scale, WIDTH, PADDED)
+    add_rows(d_value + own, place, WIDTH, n, d_values, WIDTH, PADDED)
 
 
-QUERY_LAUNCH = (4, 3)
-"""Warps and tiles in flight."""
-
-PARTS = 2
-"""Parts of a tile in key_gradient_kernel."""
+def parts(rows: int) -> int:
+    """Parts of a tile in key_gradient_kernel: two, unless they were too small for tensor cores, which want 16 rows."""
+    return 2 if rows >= 32 else 1
 
 
-def key_launch(width: int, generation: str) -> tuple[int, int]:
-    """Warps and tiles in flight of key_gradient_kernel: those without spills."""
+def query_launch(width: int, dtype: torch.dtype, generation: str) -> tuple[int, int]:
+    """Warps and loads in flight of query_gradient_kernel; as triton_forward.launch."""
+    if dtype == torch.float32:
+        return (4, 1) if generation == "cdna" else (4, 3) if width <= 64 else (8, 2)
+    return 4, 5 if width <= 64 and generation == "hopper" else 3
+
+
+def key_launch(width: int, dtype: torch.dtype, generation: str) -> tuple[int, int]:
+    """Warps and loads in flight of key_gradient_kernel: those without spills."""
     if generation == "cdna":
         return 4, 2
     if width > 64:
         return 8, 2
-    return 4, 3 if generation == "ampere" else 2
+    return 4, 3 if generation == "ampere" and dtype != torch.float32 else 2
 
 
-def _shipped(kernel, pointers: dict[str, str], dtype: str, width: int, launch: tuple[int, int], **more) -> Shipped:
+def _shipped(kernel, pointers: dict[str, str], width: int, dtype: torch.dtype) -> list[Shipped]:
     strides = (*STRIDES, *(f"d_output_{axis}stride" for axis in ("batch_", "head_", "")))
-    signature = {
-        **pointers,
-        **dict.fromkeys(strides + NUMBERS, "i32"),
-        "score_scale": "fp32",
-        "scale": "fp32",
-    }
-    constants = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": 64, "KEYS": 64}
-    constants |= {"PARTS": PARTS} if kernel is key_gradient_kernel else {}
-    constants |= {"PRECISION": "tf32", "UPCAST": False}
-    return Shipped(f"{kernel.__name__} width={width} {dtype}", kernel, signature, constants, *launch, **more)
+    numbers = dict.fromkeys(strides + NUMBERS, "i32") | {"score_scale": "fp32", "scale": "fp32"}
+    constants, launch = attention_constants(width, dtype, default_tile(dtype)), query_launch
+    if kernel is key_gradient_kernel:
+        constants, launch = constants | {"PARTS": parts(default_tile(dtype)[0])}, key_launch
+    name = f"{kernel.__name__} width={width} {DTYPES[dtype]}"
+    return [
+        Shipped(name, kernel, pointers | numbers, constants, *launch(width, dtype, family), (family,))
+        for family in FAMILIES
+    ]
 
 
 def shipped() -> list[Shipped]:
-    """Every width's tile 64 x 64 in bfloat16, and width 64 in float16."""
-    lists = dict.fromkeys(("order", "mixed", "constant"), "*i32")
+    """Every shape of triton_shape.SHAPES."""
     found = []
     for width, dtype in SHAPES:
-        inputs = dict.fromkeys(("query", "key", "value"), f"*{dtype}")
-        bias = {"carries": "*fp32", "local": "*fp16", **lists}
+        pointer, bias = f"*{DTYPES[dtype]}", bias_signature(dtype)
+        inputs = dict.fromkeys(("query", "key", "value"), pointer)
         sums = dict.fromkeys(("log_sum", "delta"), "*fp32")
-        pointers = {**inputs, "output": f"*{dtype}", "d_output": f"*{dtype}", **sums, "d_query": f"*{dtype}"}
-        found.append(_shipped(query_gradient_kernel, pointers | bias, dtype, width, QUERY_LAUNCH))
-        pointers = {**inputs, "d_output": f"*{dtype}", **sums, "d_key": "*fp32", "d_value": "*fp32"} | bias
-        for generation in FAMILIES:
-            launch = key_launch(width, generation)
-            found.append(_shipped(key_gradient_kernel, pointers, dtype, width, launch, families=(generation,)))
+        pointers = {**inputs, "output": pointer, "d_output": pointer, **sums, "d_query": pointer, **bias}
+        found += _shipped(query_gradient_kernel, pointers, width, dtype)
+        pointers = {**inputs, "d_output": pointer, **sums, "d_key": "*fp32", "d_value": "*fp32", "home": "*i32"} | bias
+        found += _shipped(key_gradient_kernel, pointers, width, dtype)
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.ahead_of_time import Shipped
+from kernels.ahead_of_time import FAMILIES, Shipped
+from kernels.soft_attention.triton_shape import DTYPES, SHAPES, attention_constants, default_tile
 from kernels.soft_attention.triton_tiles import (
     GONE,
+    VARYING,
     head_base,
     load_bias,
     load_columns,
@@ -54,7 +57,7 @@ def _attend(
     return new_top, weight_sum, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_kernel(
     query,
     key,
@@ -133,38 +136,37 @@ STRIDES = tuple(f"{name}_{axis}stride" for name in ("query", "key", "value") for
 NUMBERS = ("heads", "groups", "n", "first_block", "row_blocks", "blocks", "key_blocks")
 
 
-def signature(dtype: str) -> dict[str, str]:
-    """Types of attention_kernel's arguments."""
-    return {
-        **dict.fromkeys(("query", "key", "value", "output"), f"*{dtype}"),
-        **dict.fromkeys(("log_sum", "carries"), "*fp32"),
-        "local": "*fp16",
-        **dict.fromkeys(("order", "mixed", "constant"), "*i32"),
-        **dict.fromkeys(STRIDES + NUMBERS, "i32"),
-        "score_scale": "fp32",
-    }
+def launch(width: int, dtype: torch.dtype, generation: str) -> tuple[int, int]:
+    """Warps and loads in flight of attention_kernel: no spills, and room for a second program beside.
+
+    A key is loaded through its entry in a list, which takes two of the loads in flight: 5 fetch two tiles ahead.
+    """
+    if dtype == torch.float32:
+        return (4, 1) if generation == "cdna" else (4, 3) if width <= 64 else (8, 2)
+    return 4, 5 if width <= 64 and generation != "cdna" else 3
 
 
-WARPS = 4
-STAGES = 3
-"""Tiles in flight: with 2 the loads through the list of tiles would not be fetched ahead."""
-
-
-SHAPES = ((32, "bf16"), (64, "bf16"), (64, "fp16"), (80, "bf16"), (96, "bf16"), (128, "bf16"))
-"""Widths and types that are compiled ahead of time; float16 differs from bfloat16 in one instruction."""
+def bias_signature(dtype: torch.dtype) -> dict[str, str]:
+    """Types of the arguments that say which tiles are visited and what log I is there."""
+    local = "*fp32" if dtype == torch.float32 else "*fp16"
+    return {"carries": "*fp32", "local": local, **dict.fromkeys(("order", "mixed", "constant"), "*i32")}
 
 
 def shipped() -> list[Shipped]:
-    """Every width's tile 64 x 64 in bfloat16, and width 64 in float16."""
-    constants = {"ROWS": 64, "KEYS": 64, "PRECISION": "tf32", "UPCAST": False}
-    return [
-        Shipped(
-            f"attention_kernel width={width} {dtype}",
-            attention_kernel,
-            signature(dtype),
-            {"WIDTH": width, "PADDED": triton.next_power_of_2(width), **constants},
-            WARPS,
-            STAGES,
-        )
-        for width, dtype in SHAPES
-    ]
+    """Every shape of triton_shape.SHAPES."""
+    found = []
+    for width, dtype in SHAPES:
+        signature = {
+            **dict.fromkeys(("query", "key", "value", "output"), f"*{DTYPES[dtype]}"),
+            "log_sum": "*fp32",
+            **bias_signature(dtype),
+            **dict.fromkeys(STRIDES + NUMBERS, "i32"),
+            "score_scale": "fp32",
+        }
+        constants = attention_constants(width, dtype, default_tile(dtype))
+        name = f"attention_kernel width={width} {DTYPES[dtype]}"
+        found += [
+            Shipped(name, attention_kernel, signature, constants, *launch(width, dtype, family), (family,))
+            for family in FAMILIES
+        ]
+    return found

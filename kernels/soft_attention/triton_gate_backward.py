@@ -6,16 +6,26 @@ that leaves of rounding is multiplied by 1/g (README.md beside this file).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import FAMILIES, Shipped
 from kernels.soft_attention.triton_backward import NO_ROW
-from kernels.soft_attention.triton_forward import NUMBERS, SHAPES, STRIDES
+from kernels.soft_attention.triton_forward import NUMBERS, STRIDES, bias_signature
+from kernels.soft_attention.triton_shape import (
+    DTYPES,
+    SHAPES,
+    attention_constants,
+    default_tile,
+    gate_constants,
+    padded,
+)
 from kernels.soft_attention.triton_tiles import (
     DEAD,
     MIXED,
     SMALLEST,
+    VARYING,
     add_rows,
     head_base,
     load_bias,
@@ -26,19 +36,19 @@ from kernels.soft_attention.triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def wanted_kernel(
     query, key, value, d_output, log_sum, delta, d_alive, carries, tile_class, local, wanted, column_sum,
     query_batch_stride, query_head_stride, query_stride, key_batch_stride, key_head_stride, key_stride,
     value_batch_stride, value_head_stride, value_stride, d_output_batch_stride, d_output_head_stride, d_output_stride,
     heads, groups, n, first_block, row_blocks, blocks, key_blocks, score_scale,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dLoss/dlog I of one tile, summed over all heads in registers. Grid: row blocks x key blocks x batch.
 
     Writes its sum over queries to `column_sum` (batch, blocks, keys), and for MIXED tiles to `wanted` the sum from
-    each query to the block's last one.
+    each query to the block's last one. Heads are read in pieces of PIECE numbers, a divisor of PADDED.
     """
     block, key_block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = batch * row_blocks + first_block + block
@@ -55,27 +65,22 @@ def wanted_kernel(
     wants = tl.where(counted, tl.exp2(tl.maximum(bias, 2 * SMALLEST)), 0.0) * tl.load(d_alive + batch).to(tl.float32)
     for head in range(heads):
         own, kv_head = (batch * heads + head) * n, head // groups
-        keys = load_rows(
-            head_base(key, batch, key_batch_stride, kv_head, key_head_stride),
-            column, key_stride, n, WIDTH, PADDED, UPCAST,
-        )  # fmt: skip
-        values = load_rows(
-            head_base(value, batch, value_batch_stride, kv_head, value_head_stride),
-            column, value_stride, n, WIDTH, PADDED, UPCAST,
-        )  # fmt: skip
-        queries = load_columns(
-            head_base(query, batch, query_batch_stride, head, query_head_stride),
-            row, query_stride, n, WIDTH, PADDED, UPCAST,
-        )  # fmt: skip
-        d_seen = load_columns(
-            head_base(d_output, batch, d_output_batch_stride, head, d_output_head_stride),
-            row, d_output_stride, n, WIDTH, PADDED, UPCAST,
-        )  # fmt: skip
+        query_base = head_base(query, batch, query_batch_stride, head, query_head_stride)
+        key_base = head_base(key, batch, key_batch_stride, kv_head, key_head_stride)
+        value_base = head_base(value, batch, value_batch_stride, kv_head, value_head_stride)
+        d_seen_base = head_base(d_output, batch, d_output_batch_stride, head, d_output_head_stride)
+        scores, d_weights = tl.zeros([KEYS, ROWS], tl.float32), tl.zeros([KEYS, ROWS], tl.float32)
+        for at in tl.static_range(0, PADDED, PIECE):
+            keys = load_rows(key_base + at, column, key_stride, n, WIDTH - at, PIECE, UPCAST)
+            values = load_rows(value_base + at, column, value_stride, n, WIDTH - at, PIECE, UPCAST)
+            queries = load_columns(query_base + at, row, query_stride, n, WIDTH - at, PIECE, UPCAST)
+            d_seen = load_columns(d_seen_base + at, row, d_output_stride, n, WIDTH - at, PIECE, UPCAST)
+            scores = tl.dot(keys, queries, scores, input_precision=PRECISION)
+            d_weights = tl.dot(values, d_seen, d_weights, input_precision=PRECISION)
         row_sum = tl.load(log_sum + own + row, mask=row < n, other=NO_ROW)
         row_delta = tl.load(delta + own + row, mask=row < n, other=0.0)
-        scores = tl.dot(keys, queries, input_precision=PRECISION) * score_scale + bias
-        weights = tl.exp2(scores - row_sum[None, :])
-        wants += weights * (tl.dot(values, d_seen, input_precision=PRECISION) - row_delta[None, :])
+        weights = tl.exp2(scores * score_scale + bias - row_sum[None, :])
+        wants += weights * (d_weights - row_delta[None, :])
     tl.store(column_sum + (batch * blocks + block) * width + column, tl.sum(wants, axis=1))
     if kind == MIXED:
         base = tile_base(wanted, batch, blocks, block, key_blocks, key_block, ROWS, KEYS)
@@ -83,7 +88,7 @@ def wanted_kernel(
         tl.store(base + inside, tl.cumsum(wants, axis=1, reverse=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def suffix_kernel(column_sum, suffix, later, blocks, key_blocks, KEYS: tl.constexpr):
     """Sums over all later row blocks, to `later` (batch, blocks, keys). Grid: key blocks x batch.
 
@@ -99,7 +104,7 @@ def suffix_kernel(column_sum, suffix, later, blocks, key_blocks, KEYS: tl.conste
     tl.store(suffix + batch * width + key, now)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gate_query_gradient_kernel(
     interaction_key, wanted, slope, later, d_interaction_query, d_beta, order, mixed,
     key_batch_stride, key_stride, n, first_block, row_blocks, blocks, key_blocks, gate_scale,
@@ -128,14 +133,16 @@ def gate_query_gradient_kernel(
     tl.store(d_beta + batch * row_blocks + first_block + block, tl.sum(shares, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gate_key_gradient_kernel(
-    interaction_query, wanted, slope, later, d_interaction_key, order, mixed,
+    interaction_query, wanted, slope, later, d_interaction_key, home, order, mixed,
     query_batch_stride, query_stride, n, first_block, blocks, key_blocks, gate_scale,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds to d_interaction_key (batch, n, RANK, float32) what this pass wants. Grid: key blocks x batch."""
+    """Adds to d_interaction_key (batch, n, RANK, float32) what this pass wants. Grid: key blocks x batch.
+
+    home as in key_gradient_kernel."""
     key_block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column, inside = key_block * KEYS + tl.arange(0, KEYS), tl.arange(0, ROWS)
     tile = inside[None, :] * KEYS + tl.arange(0, KEYS)[:, None]
@@ -151,16 +158,25 @@ def gate_key_gradient_kernel(
             interaction_query + batch * query_batch_stride, row, query_stride, n, RANK, PADDED_RANK, UPCAST
         )
         gradient = tl.dot(d_x, queries.to(tl.float32), gradient, input_precision=PRECISION)
-    add_rows(d_interaction_key + batch * n * RANK, column, RANK, n, gradient * gate_scale, RANK, PADDED_RANK)
+    own = tl.load(home + batch * (key_blocks * KEYS) + column)
+    add_rows(d_interaction_key + batch * n * RANK, own, RANK, n, gradient * gate_scale, RANK, PADDED_RANK)
 
 
 GATE_LAUNCH = (4, 2)
 """Warps and tiles in flight."""
 
 
-def wanted_launch(generation: str) -> tuple[int, int]:
-    """Warps and tiles in flight of wanted_kernel: those without spills."""
-    return (4, 2) if generation == "cdna" else (8, 2)
+def piece(width: int, dtype: torch.dtype) -> int:
+    """Numbers of a head that wanted_kernel multiplies at once: all, but in float32 as few as tensor cores take, since
+    what is held of more would spill."""
+    return 16 if dtype == torch.float32 else padded(width)
+
+
+def wanted_launch(width: int, dtype: torch.dtype, generation: str) -> tuple[int, int]:
+    """Warps and heads in flight of wanted_kernel: no spills; a third head where it costs no second program."""
+    if generation == "cdna" or dtype == torch.float32:
+        return 4, 2
+    return 8, 3 if (width > 64) == (generation == "hopper") else 2
 
 
 SUFFIX_WARPS = 2
@@ -168,33 +184,44 @@ SUFFIX_WARPS = 2
 
 
 def shipped() -> list[Shipped]:
-    """Every width's tile 64 x 64 in bfloat16, and width 64 in float16; rank 64."""
-    constants = {"ROWS": 64, "KEYS": 64, "PRECISION": "tf32", "UPCAST": False}
+    """Every shape of triton_shape.SHAPES; interactions of rank 64 in bfloat16 and float32."""
     found = []
     for width, dtype in SHAPES:
+        bias = bias_signature(dtype)
         signature = {
-            **dict.fromkeys(("query", "key", "value", "d_output"), f"*{dtype}"),
+            **dict.fromkeys(("query", "key", "value", "d_output"), f"*{DTYPES[dtype]}"),
             **dict.fromkeys(("log_sum", "delta", "d_alive", "carries"), "*fp32"),
-            **{"tile_class": "*i32", "local": "*fp16", "wanted": "*fp32", "column_sum": "*fp32"},
+            **{"tile_class": "*i32", "local": bias["local"], "wanted": "*fp32", "column_sum": "*fp32"},
             **dict.fromkeys(STRIDES + tuple(f"d_output_{axis}stride" for axis in ("batch_", "head_", "")), "i32"),
             **dict.fromkeys(NUMBERS, "i32"),
             "score_scale": "fp32",
         }
-        shape = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), **constants}
-        name = f"wanted_kernel width={width} {dtype}"
-        for generation in FAMILIES:
-            launch = wanted_launch(generation)
-            found.append(Shipped(name, wanted_kernel, signature, shape, *launch, families=(generation,)))
-    numbers = dict.fromkeys(("n", "first_block", "row_blocks", "blocks", "key_blocks"), "i32") | {"gate_scale": "fp32"}
-    tiles = dict.fromkeys(("wanted", "slope", "later"), "*fp32")
-    lists = dict.fromkeys(("order", "mixed"), "*i32")
-    shape = {"RANK": 64, "PADDED_RANK": 64, **constants}
-    signature = {"interaction_key": "*bf16", **tiles, "d_interaction_query": "*fp32", "d_beta": "*fp32", **lists}
-    signature |= {"key_batch_stride": "i32", "key_stride": "i32", **numbers}
-    found.append(Shipped("gate_query_gradient_kernel", gate_query_gradient_kernel, signature, shape, *GATE_LAUNCH))
-    signature = {"interaction_query": "*bf16", **tiles, "d_interaction_key": "*fp32", **lists}
-    signature |= {"query_batch_stride": "i32", "query_stride": "i32", **numbers}
-    del signature["row_blocks"]
-    found.append(Shipped("gate_key_gradient_kernel", gate_key_gradient_kernel, signature, shape, *GATE_LAUNCH))
+        shape = attention_constants(width, dtype, default_tile(dtype)) | {"PIECE": piece(width, dtype)}
+        name = f"wanted_kernel width={width} {DTYPES[dtype]}"
+        for family in FAMILIES:
+            launch = wanted_launch(width, dtype, family)
+            found.append(Shipped(name, wanted_kernel, signature, shape, *launch, families=(family,)))
+    for dtype in (torch.bfloat16, torch.float32):
+        found += _shipped_gates(dtype)
     pointers = dict.fromkeys(("column_sum", "suffix", "later"), "*fp32") | {"blocks": "i32", "key_blocks": "i32"}
     return [*found, Shipped("suffix_kernel", suffix_kernel, pointers, {"KEYS": 64}, SUFFIX_WARPS, 3)]
+
+
+def _shipped_gates(dtype: torch.dtype) -> list[Shipped]:
+    numbers = dict.fromkeys(("n", "first_block", "row_blocks", "blocks", "key_blocks"), "i32") | {"gate_scale": "fp32"}
+    found = []
+    for kernel, read, written in (
+        (gate_query_gradient_kernel, "key", {"d_interaction_query": f"*{DTYPES[dtype]}", "d_beta": "*fp32"}),
+        (gate_key_gradient_kernel, "query", {"d_interaction_key": "*fp32", "home": "*i32"}),
+    ):
+        signature = {
+            f"interaction_{read}": f"*{DTYPES[dtype]}",
+            **dict.fromkeys(("wanted", "slope", "later"), "*fp32"),
+            **written,
+            **dict.fromkeys(("order", "mixed"), "*i32"),
+            **dict.fromkeys((f"{read}_batch_stride", f"{read}_stride"), "i32"),
+            **{name: kind for name, kind in numbers.items() if name in kernel.arg_names},
+        }
+        constants = gate_constants(64, dtype, default_tile(dtype))
+        found.append(Shipped(f"{kernel.__name__} {DTYPES[dtype]}", kernel, signature, constants, *GATE_LAUNCH))
+    return found

@@ -6,11 +6,13 @@ carry, so that a running sum over row blocks is all that is sequential.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Shipped
 from kernels.sigmoid.triton_ops import family, log2_gate
+from kernels.soft_attention.triton_shape import DTYPES, TILE, default_tile, gate_constants
 from kernels.soft_attention.triton_tiles import (
     CONSTANT,
     DEAD,
@@ -18,6 +20,8 @@ from kernels.soft_attention.triton_tiles import (
     HALF_GONE,
     MIXED,
     SMALLEST,
+    VARYING,
+    at_least,
     load_columns,
     load_rows,
     tile_base,
@@ -30,7 +34,7 @@ CARRY_WARPS = 2
 """64 keys side by side: more would idle."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gate_kernel(
     interaction_query,
     interaction_key,
@@ -70,6 +74,7 @@ def gate_kernel(
     Forward: log2 I since the block's first query to `local`, and per key its last value to `total`, the sum of I over
     the queries after the key to `share`; `carry` (batch, keys) says which keys are gone before the pass.
     REPLAY: only tiles whose class is MIXED, to `local` and d ln g/dx to `slope`.
+    e: alpha - 1, read from memory, so that a new value makes no new graph where torch compiles the model.
     """
     block, key_block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = (first_block + block) * ROWS + tl.arange(0, ROWS)
@@ -93,7 +98,7 @@ def gate_kernel(
         interaction_query + batch * query_batch_stride, row, query_stride, n, RANK, PADDED_RANK, UPCAST
     )
     x = tl.dot(keys, queries, input_precision=PRECISION) * gate_scale + tl.load(beta).to(tl.float32)
-    log_gate, derivative = log2_gate(x, e, FLAT, STEPS, PTX)
+    log_gate, derivative = log2_gate(x, tl.load(e), FLAT, STEPS, PTX)
     after = row[None, :] > key[:, None]
     active = after & (row[None, :] >= first) & (row[None, :] < last)
     log_gate = tl.where(active, log_gate, tl.where(after & (row[None, :] >= last), GONE, 0.0))
@@ -101,18 +106,18 @@ def gate_kernel(
     place = tl.arange(0, ROWS)[None, :] * KEYS + tl.arange(0, KEYS)[:, None]
     seen = (row[None, :] >= key[:, None]) & (row < n)[None, :] & here[:, None]
     smallest = GONE if local.dtype.element_ty == tl.float32 else HALF_GONE
-    kept = tl.maximum(tl.where(seen, inside, smallest), smallest)
+    kept = at_least(tl.where(seen, inside, smallest), smallest)
     base = tile_base(local, batch, blocks, block, key_blocks, key_block, ROWS, KEYS)
     tl.store(base + place, kept.to(local.dtype.element_ty))
     if REPLAY:
         base = tile_base(slope, batch, blocks, block, key_blocks, key_block, ROWS, KEYS)
         tl.store(base + place, tl.where(active & seen, derivative, 0.0))
     else:
-        tl.store(total + column, tl.maximum(tl.sum(log_gate, axis=1), GONE))
-        tl.store(share + column, tl.sum(tl.where(after & seen, tl.exp2(tl.maximum(inside, GONE)), 0.0), axis=1))
+        tl.store(total + column, at_least(tl.sum(log_gate, axis=1), GONE))
+        tl.store(share + column, tl.sum(tl.where(after & seen, tl.exp2(at_least(inside, GONE)), 0.0), axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def carry_kernel(
     total,
     share,
@@ -146,50 +151,48 @@ def carry_kernel(
         seen = weight * tl.load(share + inside)
         sum_alive += tl.sum(seen, axis=0)
         changes = tl.max(tl.where((weight > 0) & (change != 0), 1, 0), axis=0)
-        kind = tl.where(tl.max(seen, axis=0) > 0, tl.where(changes > 0, MIXED, CONSTANT), DEAD)
+        anything = tl.max(tl.where(seen == seen, seen, 1.0), axis=0)  # NaN is to be seen, not skipped
+        kind = tl.where(anything > 0, tl.where(changes > 0, MIXED, CONSTANT), DEAD)
         row = (first_block + block) * ROWS
         kind = tl.where(row < (key_block + 1) * KEYS, MIXED, kind)
         tl.store(tile_class + place * key_blocks + key_block, tl.where(row + ROWS <= key_block * KEYS, DEAD, kind))
-        now = tl.maximum(now + change, GONE)
+        now = at_least(now + change, GONE)
     tl.store(carry + batch * width + key, now)
     tl.store(alive + batch * key_blocks + key_block, sum_alive)
 
 
-SIGNATURE = {
-    "interaction_query": "*bf16",
-    "interaction_key": "*bf16",
-    "beta": "*fp32",
-    "guard": "*i32",
-    "end": "*i32",
-    "carry": "*fp32",
-    "tile_class": "*i32",
-    "local": "*fp16",
-    "slope": "*fp32",
-    "total": "*fp32",
-    "share": "*fp32",
-    **dict.fromkeys(("query_batch_stride", "query_stride", "key_batch_stride", "key_stride"), "i32"),
-    **dict.fromkeys(("n", "first_block", "row_blocks", "blocks", "key_blocks"), "i32"),
-    "e": "fp32",
-    "gate_scale": "fp32",
-}
+def _signature(dtype: torch.dtype) -> dict[str, str]:
+    return {
+        **dict.fromkeys(("interaction_query", "interaction_key"), f"*{DTYPES[dtype]}"),
+        "beta": "*fp32",
+        **dict.fromkeys(("guard", "end"), "*i32"),
+        "carry": "*fp32",
+        "tile_class": "*i32",
+        "local": "*fp32" if dtype == torch.float32 else "*fp16",
+        **dict.fromkeys(("slope", "total", "share"), "*fp32"),
+        **dict.fromkeys(("query_batch_stride", "query_stride", "key_batch_stride", "key_stride"), "i32"),
+        **dict.fromkeys(("n", "first_block", "row_blocks", "blocks", "key_blocks"), "i32"),
+        "e": "*fp32",
+        "gate_scale": "fp32",
+    }
 
 
 def shipped() -> list[Shipped]:
-    """Rank 64, tiles 64 x 64, the logistic and every family of alpha; bfloat16 (float16 differs in one instruction)."""
-    tile = {"ROWS": 64, "KEYS": 64}
-    common = {"RANK": 64, "PADDED_RANK": 64, "PTX": True, "PRECISION": "tf32", "UPCAST": False, **tile}
+    """Rank 64, the logistic and every family of alpha, in bfloat16 (float16 differs in one instruction) and float32."""
     gates = [
         Shipped(
-            f"gate_kernel {'replay' if replay else 'forward'} alpha={alpha}",
+            f"gate_kernel {'replay' if replay else 'forward'} alpha={alpha} {DTYPES[dtype]}",
             gate_kernel,
-            SIGNATURE,
-            {**common, **family(alpha), "REPLAY": replay},
+            _signature(dtype),
+            gate_constants(64, dtype, default_tile(dtype)) | family(alpha) | {"PTX": True, "REPLAY": replay},
             GATE_WARPS,
             2,
         )
         for alpha in (1.0, 1.5, 3.0, 8.0)
         for replay in (False, True)
+        for dtype in (torch.bfloat16, torch.float32)
     ]
     pointers = dict.fromkeys(("total", "share", "carry", "carries"), "*fp32") | {"tile_class": "*i32", "alive": "*fp32"}
     numbers = dict.fromkeys(("first_block", "row_blocks", "blocks", "key_blocks"), "i32")
+    tile = dict(zip(("ROWS", "KEYS"), TILE, strict=True))
     return [*gates, Shipped("carry_kernel", carry_kernel, pointers | numbers, tile, CARRY_WARPS, 3)]

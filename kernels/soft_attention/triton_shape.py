@@ -8,8 +8,25 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.sigmoid.triton_path import interpreted
+from kernels.sigmoid.triton_path import interpreted, precision
 from kernels.soft_attention.triton_tiles import CONSTANT, MIXED
+
+TILE = (64, 64)
+"""Queries and keys per tile in half precision: what fits the registers of every generation from sm_80 on."""
+
+FULL_TILE = (32, 32)
+"""The same where some input is float32: its products take three times the registers."""
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Triton's names."""
+
+SHAPES = (
+    *((width, torch.bfloat16) for width in (32, 64, 80, 96, 128)),
+    (64, torch.float16),
+    (64, torch.float32),
+    (128, torch.float32),
+)
+"""Widths and types that are compiled ahead of time; float16 differs from bfloat16 in one instruction."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +41,16 @@ class Shape:
     rank: int
     rows: int  # queries per tile
     keys: int  # keys per tile
-    half: bool  # log I of a tile is kept in float16
-    exact: bool  # some input is float32: no reduced-precision products
+    dtype: torch.dtype  # of queries, keys and values
+    gate_dtype: torch.dtype  # of interaction queries and keys
     upcast: bool  # the interpreter multiplies bit patterns of bfloat16
 
     @staticmethod
     def of(query: Tensor, key: Tensor, interaction: Tensor, rows: int, keys: int) -> Shape:
         batch, heads, n, width = query.shape
-        dtypes = (query.dtype, interaction.dtype)
         return Shape(
-            batch, heads, heads // key.shape[1], n, width, interaction.shape[-1], rows, keys,
-            half=query.dtype != torch.float32,
-            exact=torch.float32 in dtypes or torch.version.hip is not None,
-            upcast=interpreted() and torch.bfloat16 in dtypes,
+            batch, heads, heads // key.shape[1], n, width, interaction.shape[-1], rows, keys, query.dtype,
+            interaction.dtype, upcast=interpreted() and torch.bfloat16 in (query.dtype, interaction.dtype),
         )  # fmt: skip
 
     @property
@@ -53,29 +67,43 @@ class Shape:
         return self.key_blocks * self.keys
 
     @property
-    def bytes_per_pair(self) -> int:
-        return 2 if self.half else 4
+    def bias_dtype(self) -> torch.dtype:
+        """What log I of a tile is kept in."""
+        return torch.float32 if self.dtype == torch.float32 else torch.float16
 
-    def passes(self, workspace: int, bytes_per_pair: int) -> list[tuple[int, int]]:
-        """(first row block, row blocks) of each pass, such that its tiles take at most `workspace` bytes."""
-        block_bytes = self.batch * self.rows * self.padded * bytes_per_pair
-        blocks = min(self.row_blocks, max(1, workspace // block_bytes))
-        return [(first, min(blocks, self.row_blocks - first)) for first in range(0, self.row_blocks, blocks)]
+    def passes(self, start: int, blocks: int, workspace: int, bytes_per_pair: int) -> list[tuple[int, int]]:
+        """(first row block, row blocks) of each pass over `blocks` row blocks from `start` on, such that its tiles take
+        at most `workspace` bytes."""
+        step = max(1, workspace // (self.batch * self.rows * self.padded * bytes_per_pair))
+        return [(first, min(step, start + blocks - first)) for first in range(start, start + blocks, step)]
 
     def attention(self) -> dict[str, object]:
         """Compile-time constants of the kernels that read queries, keys and values."""
-        return {"WIDTH": self.width, "PADDED": _padded(self.width), **self._common()}
+        return attention_constants(self.width, self.dtype, (self.rows, self.keys)) | {"UPCAST": self.upcast}
 
     def gates(self) -> dict[str, object]:
         """Compile-time constants of the kernels that read interaction queries and keys."""
-        return {"RANK": self.rank, "PADDED_RANK": _padded(self.rank), **self._common()}
-
-    def _common(self) -> dict[str, object]:
-        precision = "ieee" if self.exact else "tf32"
-        return {"ROWS": self.rows, "KEYS": self.keys, "PRECISION": precision, "UPCAST": self.upcast}
+        return gate_constants(self.rank, self.gate_dtype, (self.rows, self.keys)) | {"UPCAST": self.upcast}
 
 
-def _padded(width: int) -> int:
+def default_tile(*dtypes: torch.dtype) -> tuple[int, int]:
+    """Queries and keys per tile, for inputs of these types."""
+    return FULL_TILE if torch.float32 in dtypes else TILE
+
+
+def attention_constants(width: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict[str, object]:
+    return {"WIDTH": width, "PADDED": padded(width), **_tile_constants(dtype, tile)}
+
+
+def gate_constants(rank: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict[str, object]:
+    return {"RANK": rank, "PADDED_RANK": padded(rank), **_tile_constants(dtype, tile)}
+
+
+def _tile_constants(dtype: torch.dtype, tile: tuple[int, int]) -> dict[str, object]:
+    return {"ROWS": tile[0], "KEYS": tile[1], "PRECISION": precision(dtype), "UPCAST": False}
+
+
+def padded(width: int) -> int:
     """Columns of a tile: a power of two, of which tensor cores want at least 16."""
     return max(16, triton.next_power_of_2(width))
 

@@ -21,7 +21,16 @@ SMALLEST = tl.constexpr(-126.0)
 """log2 I from which a key counts as gone: the smallest normal float32."""
 
 HALF_GONE = tl.constexpr(-60000.0)
-"""GONE where log I is kept in float16."""
+"""GONE where log I is kept in float16: exp2 of it is 0 beside any score that a softmax can bear."""
+
+VARYING = ("first_block", "row_blocks", "blocks", "key_blocks")
+"""Arguments that change from pass to pass: Triton would compile kernels anew where they are 1 or multiples of 16."""
+
+
+@triton.jit
+def at_least(x, smallest):
+    """The larger of the two, and NaN where x is: tl.maximum alone would turn a gate that is NaN into one that drops."""
+    return tl.maximum(x, smallest, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -74,10 +83,11 @@ def tile_base(base, batch, blocks, block, key_blocks, key_block, ROWS: tl.conste
 
 @triton.jit
 def load_bias(local, ROWS: tl.constexpr, KEYS: tl.constexpr, ACROSS: tl.constexpr):
-    """log2 I since the block's first query, (ROWS, KEYS) or with ACROSS (KEYS, ROWS), GONE where a key is not seen."""
+    """log2 I since the block's first query, (ROWS, KEYS) or with ACROSS (KEYS, ROWS); GONE or HALF_GONE where a key is
+    not seen."""
     row, key = tl.arange(0, ROWS), tl.arange(0, KEYS)
     if ACROSS:
-        bias = tl.load(local + row[None, :] * KEYS + key[:, None]).to(tl.float32)
+        bias = tl.load(local + row[None, :] * KEYS + key[:, None])
     else:
-        bias = tl.load(local + row[:, None] * KEYS + key[None, :]).to(tl.float32)
-    return tl.where(bias <= HALF_GONE, GONE, bias)
+        bias = tl.load(local + row[:, None] * KEYS + key[None, :])
+    return bias.to(tl.float32)

@@ -37,7 +37,7 @@ def main(config: Config) -> int:
             records = []
             for record in measured(name, case, settings, config.benchmark.repeats, device):
                 records.append(record)
-                output.emit(record, config.format, lines.line(record, OPERATIONS[name].MAIN))
+                output.emit(record, config.format, lines.line(record))
             if config.format == "text":
                 output.emit({}, config.format, lines.comparison(records))
             advance(done + 1)
@@ -62,9 +62,7 @@ def _parity(
     small = cases(few, lengths=[parity.TOKENS])
     wrong, allowed = parity.disagreement(name, OPERATIONS[name], settings, small, device)
     record = {"kind": "parity", "operation": name, "passed": wrong <= allowed, "error": wrong, "allowed": allowed}
-    measure = f"largest error {wrong:.1e}, allowed {allowed:.1e}"
-    said = f"parity of {name} with the float64 reference: {measure}"
-    output.emit(record, format, said if wrong <= allowed else f"parity of {name} FAILED: {measure}; nothing is timed")
+    output.emit(record, format, lines.parity(record))
     return wrong <= allowed
 
 
@@ -81,7 +79,7 @@ def measured(
     base = {"kind": "kernels", "operation": name, **dataclasses.asdict(settings), **given.facts(), **case.label}
     if name == "decoding":
         base["n"] -= 1  # the last token steps over the others
-    base |= {"machine": machine(), "versions": versions()}
+    base |= {"main": operation.MAIN, "machine": machine(), "versions": versions()}
     facts = {peer: one.facts for peer, one in ready.items()}
     ready.clear()  # caches in many copies; what follows starts processes of its own
     found = {peer: _times(times[peer], facts[peer], operation.MAIN) for peer in times}

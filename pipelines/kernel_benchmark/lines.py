@@ -1,6 +1,35 @@
-"""How does a person read the records? One line each, and one per operation that says what to make of them."""
+"""How does a person read the records? One line each, and one per operation that says what to make of them.
+
+`python -m pipelines.kernel_benchmark.lines < records.jsonl` shows again what format=json has written.
+"""
 
 from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+
+def table(records: Iterable[dict]) -> Iterator[str]:
+    """All lines of a run, from its records in the order in which they were emitted."""
+    for kind, same in groupby(records, key=lambda record: record["kind"]):
+        if kind == "parity":
+            yield from map(parity, same)
+            continue
+        yield head()
+        for _, group in groupby(same, key=lambda r: (r["operation"], r["n"], r["dropped"], r.get("layer"))):
+            problem = list(group)
+            yield from map(line, problem)
+            yield comparison(problem)
+
+
+def parity(record: dict) -> str:
+    """Whether an operation's results are right."""
+    measure = f"largest error {record['error']:.1e}, allowed {record['allowed']:.1e}"
+    if record["passed"]:
+        return f"parity of {record['operation']} with the float64 reference: {measure}"
+    return f"parity of {record['operation']} FAILED: {measure}; nothing is timed"
 
 
 def head() -> str:
@@ -9,8 +38,9 @@ def head() -> str:
     return "{:<9} {:<36} {:>6} {:>5} {:>8} {:>10} {:>19}  {}".format(*titles)
 
 
-def line(record: dict, main: str) -> str:
-    """One record; main: the pass whose time comes first."""
+def line(record: dict) -> str:
+    """One record, the time of its main pass first."""
+    main = record["main"]
     start = f"{record['operation']:<9} {record['peer']:<36} {record['n']:>6} {record.get('layer', '-'):>5}"
     start = f"{start} {record['dropped']:>8.1%}"
     if "absent" in record:
@@ -42,3 +72,7 @@ def comparison(records: list[dict]) -> str:
     return (
         f"{first['operation']}, {where}n={first['n']}, {first['dropped']:.1%} dropped: {'; '.join(said) or 'no ratio'}"
     )
+
+
+if __name__ == "__main__":
+    print("\n".join(table(map(json.loads, sys.stdin))))

@@ -43,8 +43,8 @@ def run(tensors, alpha, impl="auto", **plan) -> dict[str, Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     output, alive = kernels.pruned_attention(*leaves, alpha, impl=impl, **plan)
     generator = torch.Generator().manual_seed(7)
-    weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    loss = (output * weight).sum() + (alive * torch.linspace(0.3, 0.7, len(alive)).to(alive.dtype)).sum()
+    weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device, output.dtype)
+    loss = (output * weight).sum() + (alive * torch.linspace(0.3, 0.7, len(alive)).to(alive.device, alive.dtype)).sum()
     gradients = torch.autograd.grad(loss, leaves)
     return {"output": output.detach(), "alive": alive.detach(), **dict(zip(NAMES, gradients, strict=True))}
 
@@ -61,6 +61,6 @@ def eager(query, key, value, iq, ik, beta, alpha, guard, end) -> tuple[Tensor, T
     log_alive = kernels.log_survival(iq, ik, beta, alpha, guard=guard, end=end)
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) / math.sqrt(WIDTH) + log_alive[:, None]
-    causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     weights = torch.softmax(logits.masked_fill(~causal, -torch.inf), -1).to(value.dtype)
     return weights @ value.repeat_interleave(groups, 1), log_alive.exp().tril(-1).sum((1, 2))

@@ -260,3 +260,7 @@ def test_shapes_dtypes_and_missing_gates_are_refused_by_name():
     one = torch.zeros(2, 1, 130)
     with pytest.raises(ValueError, match=r"Triton takes 1 to 128|CUDA device"):
         kernels.decode_attention(one, one, one, None, None, None, step.cpu(), wide, impl="triton")
+    large = Pages.empty(2, 2, 1, kv_heads=1, width=80, rank=None, page=128, device=DEVICE)
+    one = torch.zeros(2, 1, 80, device=DEVICE)
+    with pytest.raises(ValueError, match="pages of 128 slots: Triton takes 16, 32 and 64"):
+        kernels.decode_attention(one, one, one, None, None, None, step, large, impl="triton")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
-from kernels.soft_attention import triton_path
+from kernels.soft_attention import triton_backward, triton_path
 from tests.kernels.problems import assert_same, documents, eager, inputs, run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +91,11 @@ def test_most_dropped_few_dropped_and_between(beta, seed):
     assert_close_to_reference(inputs(2, 2, 80, 1, torch.float32, beta=beta, seed=seed), 2.0, {})
 
 
+def test_no_product_is_smaller_than_tensor_cores_take():
+    """The interpreter takes any; a GPU wants 16 rows at least."""
+    assert [rows // triton_backward.parts(rows) for rows in (16, 32, 64)] == [16, 16, 32]
+
+
 def test_all_gates_open_is_plain_causal_attention():
     query, key, value, *gates, _ = on_device(inputs(4, 4, 70, dtype=torch.float32))
     output, alive = kernels.pruned_attention(query, key, value, *gates, gates[0].new_tensor(1e4), 1.5, impl="triton")
@@ -126,6 +132,19 @@ def test_a_gate_close_to_zero_does_not_magnify_rounding(margin):
     assert_same(run(tensors, 2.0, "triton"), run(tensors, 2.0, "reference"), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum over rows of NaN
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_a_gate_that_is_not_a_number_shows_in_the_output(alpha):
+    """On a GPU nobody looks at the inputs: training that diverged must not go on as if a key had been dropped."""
+    query, key, value, iq, ik, beta = on_device(inputs(2, 1, 40, dtype=torch.float32))
+    iq[0, 20] = torch.nan
+    guard = torch.arange(1, 41, device=DEVICE).expand(2, 40)
+    end = torch.full((2, 40), 40, device=DEVICE)
+    output, alive = triton_path.pruned_attention(query, key, value, iq, ik, beta, alpha, guard, end, 0.3, tile=(16, 16))
+    assert output[0, :, 20:].isnan().all() and output[0, :, :20].isfinite().all() and output[1].isfinite().all()
+    assert alive.isnan().tolist() == [True, False]
+
+
 def test_tensors_with_gaps_between_rows():
     """Queries, keys and values as models make them: (batch, n, heads, width) seen as (batch, heads, n, width)."""
     tensors = inputs(4, 2, 40, dtype=torch.float32)
@@ -138,8 +157,32 @@ def test_the_operators_are_registered_as_torch_expects():
     query, key, value, iq, ik, beta = on_device(inputs(2, 1, 20, dtype=torch.float32))
     guard = torch.arange(1, 21, dtype=torch.int32, device=DEVICE).repeat(2, 1)
     end = torch.full((2, 20), 20, dtype=torch.int32, device=DEVICE)
+    e = torch.full((1,), 0.5, device=DEVICE)
     tensors = [tensor.requires_grad_() for tensor in (query, key, value, iq, ik, beta)]
-    torch.library.opcheck(triton_path.forward_operator, (*tensors, guard, end, 1.5, 0.3, 16, 16, 1 << 20))
+    torch.library.opcheck(triton_path.forward_operator, (*tensors, e, guard, end, True, 2, 0.3, 16, 16, 1 << 20, 16))
+
+
+def test_a_schedule_of_alpha_is_compiled_once():
+    """Once for the first alpha, since torch takes every number for a constant until it changes; then never again."""
+    tensors = on_device(inputs(2, 1, 20, dtype=torch.float32))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(*arguments):
+        return kernels.pruned_attention(*arguments, impl="triton")
+
+    graphs = []
+    for alpha in (1.1, 1.3, 1.5, 1.7):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        found, wanted = compiled(*leaves, alpha), kernels.pruned_attention(*leaves, alpha, impl="triton")
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(
+            *(torch.autograd.grad(r[0].sum() + r[1].sum(), leaves) for r in (found, wanted)), strict=True
+        ):
+            assert torch.equal(one, other)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2, 2]
 
 
 def test_activation_checkpointing_and_autocast():

@@ -41,6 +41,13 @@ def test_its_derivative_is_the_torch_paths(alpha):
     assert ((found - wanted).abs() <= 2e-5 * wanted.abs().clamp(min=1.0)).all()
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 3.0, 8.0])
+def test_not_a_number_stays_so(alpha):
+    """Every family's code; NaN compares false, which read as a gate that keeps."""
+    gate = kernels.alpha_sigmoid(torch.tensor([torch.nan, 0.0], device=DEVICE), alpha, impl="triton")
+    assert gate.isnan().tolist() == [True, False]
+
+
 def test_shapes_and_dtypes_come_back():
     x = torch.randn(3, 0, 5, device=DEVICE)
     assert kernels.alpha_sigmoid(x, 1.5, impl="triton").shape == x.shape
@@ -69,6 +76,20 @@ def test_tiles_and_splits_of_the_rows_change_no_drop_time(tile, split_rows, beta
     wanted = kernels.drop_times(query, key, offset, guard=guard, end=end, impl="reference")
     found = times_path.drop_times(query, key, offset, guard, end, tile=tile, split_rows=split_rows)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("end_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize("guard_type", [torch.int32, torch.int64])
+def test_drop_times_of_integers_of_any_size_leave_their_arguments_alone(guard_type, end_type, n=20):
+    generator = torch.Generator().manual_seed(3)
+    query, key = (torch.randint(-2, 3, (2, n, 4), generator=generator).float().to(DEVICE) for _ in range(2))
+    guard = (torch.arange(n, device=DEVICE) + 2).expand(2, n).to(guard_type)
+    end = torch.full((2, n), n, dtype=end_type, device=DEVICE)
+    beta = query.new_tensor(0.5)
+    found = times_path.drop_times(query, key, beta, guard, end)
+    assert (found < n).any() and found.dtype == end_type
+    assert found.tolist() == kernels.drop_times(query, key, beta, guard=guard, end=end, impl="reference").tolist()
+    assert (end == n).all() and (guard[0] == torch.arange(n, device=DEVICE) + 2).all()
 
 
 def test_a_device_without_triton_is_refused(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 import kernels
 from pipelines import kernel_benchmark, output
 from pipelines.config import Config, KernelsConfig
-from pipelines.kernel_benchmark import OPERATIONS, clock, memory, problem
+from pipelines.kernel_benchmark import OPERATIONS, clock, lines, memory, problem
 from pipelines.kernel_benchmark.formulation import (
     plain_formulation,
     reference_formulation,
@@ -63,8 +63,8 @@ def run(monkeypatch, capsys, format="json", **changes) -> tuple[int, list]:
     config.benchmark.repeats = 2
     monkeypatch.setattr(output, "_stdout", None)
     code = kernel_benchmark.main(config)
-    lines = capsys.readouterr().out.splitlines()
-    return code, [json.loads(line) for line in lines] if format == "json" else lines
+    printed = capsys.readouterr().out.splitlines()
+    return code, [json.loads(line) for line in printed] if format == "json" else printed
 
 
 def test_every_peer_has_a_record_with_its_numbers_or_its_reason(monkeypatch, capsys):
@@ -107,10 +107,19 @@ def test_ratios_and_backward_are_what_the_times_say(monkeypatch, capsys):
 
 
 def test_people_read_one_comparison_per_operation(monkeypatch, capsys):
-    _, lines = run(monkeypatch, capsys, "text", drops=[0.7])
-    told = [line for line in lines if "x SDPA without gates" in line]
+    _, printed = run(monkeypatch, capsys, "text", drops=[0.7])
+    told = [line for line in printed if "x SDPA without gates" in line]
     assert [line.split(",")[0] for line in told] == list(OPERATIONS)
-    assert all("x the reference formulation" in line for line in told[:2]) and "median ms" in lines[3]
+    assert all("x the reference formulation" in line for line in told[:2]) and "median ms" in printed[3]
+
+
+def test_records_can_be_read_again_as_the_table_that_was_printed(monkeypatch, capsys):
+    monkeypatch.setattr(clock, "seconds", lambda *_: 0.002)
+    _, printed = run(monkeypatch, capsys, "text")
+    _, records = run(monkeypatch, capsys)
+    again = list(lines.table(records))
+    assert [line for line in again if "GB/s" not in line] == [line for line in printed if "GB/s" not in line]
+    assert len(again) == len(printed) and sum(line.startswith("operation") for line in again) == 1
 
 
 WRONG = {

@@ -1,0 +1,105 @@
+"""Does Triton agree with the reference on this device? A small problem, put to it before its first use.
+
+The kernels are compiled anew for every GPU and every version of Triton, and nobody has tested them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.implementations import Impl
+
+ROOM = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Error that is always allowed, over the largest entry; beyond it, twice the torch path's own."""
+
+N, WIDTH, RANK, ALPHA = 150, 64, 64, 1.5
+"""Three tiles, the last of them cut; the widths that most models have."""
+
+
+def agrees(operation: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether the operation's Triton path has the reference's answer there: asked once per process, some seconds of
+    compiling. Says no, with a warning, when it has another one or cannot run at all. float64 it never takes."""
+    return _asked(operation, device, dtype)
+
+
+# torch.compile is not to look inside: the answer is a constant of its graph. What torch.compiler.assume_constant_result
+# does, without importing the compiler.
+agrees.__dict__["_dynamo_marked_constant"] = True
+
+
+@cache
+def _asked(operation: str, device: str, dtype: torch.dtype) -> bool:
+    if dtype not in ROOM:
+        return False
+    if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{operation} is used for the first time while a CUDA graph is captured; call it once before"
+        )
+    try:
+        with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            wrong = disagreement(operation, device, dtype)
+    except Exception as error:  # whatever the compiler or the driver raises, there is a path without them
+        wrong = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if wrong:
+        logging.getLogger(__name__).warning("%s: torch is used on %s, not Triton (%s)", operation, device, wrong)
+    return not wrong
+
+
+def disagreement(operation: str, device: str, dtype: torch.dtype) -> str:
+    """In words what is wrong with the Triton path's results; nothing if all are right."""
+    exact = _results(operation, "reference", device, dtype)
+    plain, found = _results(operation, "torch", device, dtype), _results(operation, "triton", device, dtype)
+    for number, (wanted, rounded, result) in enumerate(zip(exact, plain, found, strict=True)):
+        size = max(1.0, wanted.double().abs().max().item())
+        allowed = max(2 * _distance(rounded, wanted), ROOM[dtype] * size)
+        error = _distance(result, wanted)
+        if not error <= allowed:
+            return f"result {number} is off by {error:.1e}, allowed {allowed:.1e}"
+    return ""
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one.double() - other.double()).abs().max().nan_to_num(torch.inf).item()
+
+
+def _results(operation: str, impl: Impl, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """All that an operation gives on its problem, gradients included."""
+    import kernels
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    if operation == "alpha_sigmoid":
+        return [kernels.alpha_sigmoid(normal(1000), ALPHA, impl=impl)]
+    query, key, value = normal(2, 4, N, WIDTH), normal(2, 2, N, WIDTH), normal(2, 2, N, WIDTH)
+    # Whole numbers and a beta between them: no logit so near to 0 that rounding decides.
+    gates = [torch.randint(-1, 2, (2, N, RANK), generator=generator).to(device, dtype) for _ in range(2)]
+    beta = torch.tensor(1.5 + 1 / 16, device=device, dtype=dtype)
+    if operation == "drop_times":
+        return [kernels.drop_times(gates[0], gates[1], beta, impl=impl)]
+    times = kernels.drop_times(gates[0], gates[1], beta, impl="reference")
+    if operation == "drop_time_attention":
+        return [kernels.drop_time_attention(query, key, value, times, impl=impl)]
+    if operation == "pruned_attention":
+        leaves = [tensor.requires_grad_() for tensor in (query, key, value, *gates, beta)]
+        output, alive = kernels.pruned_attention(query, key, value, gates[0], gates[1], beta, ALPHA, impl=impl)
+        loss = (output * torch.linspace(-1, 1, WIDTH, device=device)).sum() + 0.1 * alive.sum()
+        return [output.detach(), alive.detach(), *torch.autograd.grad(loss, leaves)]
+    pages = kernels.Pages.empty(4, 2, 2, kv_heads=2, width=WIDTH, rank=RANK, page=16, dtype=dtype, device=device)
+    pages.table.copy_(torch.tensor([[3, 1], [0, 2]]))
+    steps = [
+        kernels.decode_attention(
+            query[:, :, k], key[:, :, k], value[:, :, k], gates[0][:, k], gates[1][:, k], beta,
+            torch.full((2,), k, device=device), pages, impl=impl,
+        )
+        for k in range(12)
+    ]  # fmt: skip
+    return [*steps, pages.drop_time]
