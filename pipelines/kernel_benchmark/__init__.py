@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -77,6 +78,8 @@ def measured(
     absent |= failed
     times = clock.in_turn(ready, repeats, device)
     base = {"kind": "kernels", "operation": name, **dataclasses.asdict(settings), **given.facts(), **case.label}
+    if settings.checkpoint is not None:
+        base["checkpoint"] = Path(settings.checkpoint).name  # whose, not where it lay
     if name == "decoding":
         base["n"] -= 1  # the last token steps over the others
     base |= {"main": operation.MAIN, "machine": machine(), "versions": versions()}

@@ -1,12 +1,7 @@
-"""How does a person read the records? One line each, and one per operation that says what to make of them.
-
-`python -m pipelines.kernel_benchmark.lines < records.jsonl` shows again what format=json has written.
-"""
+"""How does a person read the records? One line each, and one per operation that says what to make of them."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -72,7 +67,3 @@ def comparison(records: list[dict]) -> str:
     return (
         f"{first['operation']}, {where}n={first['n']}, {first['dropped']:.1%} dropped: {'; '.join(said) or 'no ratio'}"
     )
-
-
-if __name__ == "__main__":
-    print("\n".join(table(map(json.loads, sys.stdin))))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,6 +122,9 @@ def test_records_can_be_read_again_as_the_table_that_was_printed(monkeypatch, ca
     again = list(lines.table(records))
     assert [line for line in again if "GB/s" not in line] == [line for line in printed if "GB/s" not in line]
     assert len(again) == len(printed) and sum(line.startswith("operation") for line in again) == 1
+    command = [sys.executable, "-W", "error", "-m", "pipelines.kernel_benchmark.show"]
+    stored = "\n".join(map(json.dumps, records))
+    assert subprocess.run(command, input=stored, capture_output=True, text=True).stdout.splitlines() == again
 
 
 WRONG = {
