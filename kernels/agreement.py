@@ -42,7 +42,9 @@ def _asked(operation: str, device: str, dtype: torch.dtype) -> bool:
             f"{operation} is used for the first time while a CUDA graph is captured; call it once before"
         )
     try:
-        with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        # Whatever the caller has switched on or off: the problem needs gradients, and its own precision.
+        kind = torch.device(device).type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
             wrong = disagreement(operation, device, dtype)
     except Exception as error:  # whatever the compiler or the driver raises, there is a path without them
         wrong = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -75,13 +77,13 @@ def _results(operation: str, impl: Impl, device: str, dtype: torch.dtype) -> lis
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     if operation == "alpha_sigmoid":
         return [kernels.alpha_sigmoid(normal(1000), ALPHA, impl=impl)]
     query, key, value = normal(2, 4, N, WIDTH), normal(2, 2, N, WIDTH), normal(2, 2, N, WIDTH)
     # Whole numbers and a beta between them: no logit so near to 0 that rounding decides.
-    gates = [torch.randint(-1, 2, (2, N, RANK), generator=generator).to(device, dtype) for _ in range(2)]
+    gates = [torch.randint(-1, 2, (2, N, RANK), generator=generator, device="cpu").to(device, dtype) for _ in "qk"]
     beta = torch.tensor(1.5 + 1 / 16, device=device, dtype=dtype)
     if operation == "drop_times":
         return [kernels.drop_times(gates[0], gates[1], beta, impl=impl)]

@@ -65,6 +65,21 @@ def test_what_agrees_is_used_and_asked_once(for_a_gpu, monkeypatch):
     assert len(calls) == 3 and calls[1] == calls[2] == (2, 2, 9, 8)
 
 
+SWITCHES = {
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("switched", SWITCHES.values(), ids=SWITCHES)
+def test_what_the_caller_has_switched_off_decides_nothing(switched, for_a_gpu, monkeypatch):
+    calls = recorded(monkeypatch, "pruned_attention", "triton")
+    with switched():
+        kernels.pruned_attention(*inputs(2, 1, 9, dtype=torch.float32), 1.5)
+    assert len(calls) == 2, "the small problem, and ours"
+
+
 def wrong(result):
     return tuple(tensor * 1.1 for tensor in result) if isinstance(result, tuple) else result * 1.1
 
