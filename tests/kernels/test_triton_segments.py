@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import kernels
 from kernels.soft_attention import triton_path
@@ -130,3 +132,21 @@ def test_segments_are_whole_tiles_and_short_rows_are_one():
     assert segment_rows(1024, heads=1000, rows=64) == 1024
     assert segment_rows(1025, heads=1000, rows=64) == 512
     assert segment_rows(8192, heads=12, rows=64) == 22 * 64  # 264 blocks of queries
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_problem_has_the_references_answer(data, monkeypatch):
+    """Lengths, tiles, segments, documents, protected tokens and gates at random, some exactly 0 or at the edges."""
+    n, alpha = data.draw(st.integers(1, 50)), data.draw(st.sampled_from([1.5, 2.0, 3.0]))
+    tile = data.draw(st.sampled_from([(16, 16), (16, 32), (32, 16)]))
+    use(monkeypatch, data.draw(st.sampled_from([32, 64])), tile, data.draw(st.sampled_from([1, 1 << 24])))
+    tensors = problem(n, seed=data.draw(st.integers(0, 10**6)))
+    tensors[3] *= data.draw(st.sampled_from([0.0, 1.0]))
+    edge = 1.0 / (alpha - 1.0)
+    tensors[5].fill_(data.draw(st.sampled_from([0.0, edge, -edge, 0.7, -1.0])))
+    column = torch.arange(n, device=DEVICE)
+    end = column + data.draw(st.sampled_from([1, 7, 40, 100]))
+    guard = column + data.draw(st.sampled_from([1, 3, 100]))
+    plan = {"end": end.expand(2, n), "guard": guard.expand(2, n)}
+    assert_same(run(tensors, alpha, "triton", **plan), run(tensors, alpha, "reference", **plan), 5e-5)
