@@ -41,6 +41,7 @@ class Shipped:
     signature: Triton type of each argument that is not a compile-time constant, in order. Pointers, and numbers whose
     name ends in `stride`, are taken to be multiples of 16, as the launcher finds them for ordinary tensors.
     families: where this variant is used; block sizes may differ from one to another.
+    usual: whether `--usual` compiles it too: what most models train and decode with.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Shipped:
     warps: int
     stages: int
     families: tuple[str, ...] = FAMILIES
+    usual: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,9 @@ def _output(*command: str) -> str:
 
 def measured(shipped: Shipped, architecture: str) -> Compiled | str:
     """The same from Triton's cache folder, or in a process of its own; a string says why it does not compile."""
-    from triton import __version__, knobs
+    from triton import knobs
 
-    constants = sorted(_constants(shipped, architecture).items())
-    asked = (__version__, architecture, shipped.function.cache_key, shipped.signature, shipped.warps, shipped.stages)
-    key = hashlib.sha256(repr((*asked, constants)).encode()).hexdigest()
-    stored = Path(knobs.cache.dir) / f"ahead_of_time_{key}.json"
+    stored = Path(knobs.cache.dir) / f"ahead_of_time_{_digest(_asked(shipped, architecture))}.json"
     if stored.exists():
         return Compiled(**json.loads(stored.read_text()))
     result = _isolated(measure, shipped, architecture)
@@ -155,6 +154,25 @@ def measured(shipped: Shipped, architecture: str) -> Compiled | str:
         half.write_text(json.dumps(asdict(result)))
         half.replace(stored)
     return result
+
+
+def _asked(shipped: Shipped, architecture: str) -> tuple[object, ...]:
+    """All that the result depends on."""
+    from triton import __version__
+
+    launch = (shipped.signature, shipped.warps, shipped.stages, sorted(_constants(shipped, architecture).items()))
+    return __version__, architecture, shipped.function.cache_key, *launch
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()
+
+
+def sources(architecture: str) -> str:
+    """The last line of a whole table: a digest of every kernel's source and launch. As long as it is the same, so are
+    all numbers above, and nothing needs to be compiled to know it."""
+    asked = [_asked(shipped, architecture) for shipped in collect() if ARCHITECTURES[architecture] in shipped.families]
+    return f"sources {_digest(asked)[:16]}"
 
 
 def _isolated(work: Callable[..., Compiled], *arguments: object) -> Compiled | str:
@@ -197,17 +215,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.ahead_of_time", description=__doc__.splitlines()[0])
     parser.add_argument("architecture", nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="kernels whose name contains this")
+    parser.add_argument("--usual", action="store_true", help="without the rarer widths, types and ranks")
     chosen = parser.parse_args(arguments)
     failed = 0
     print(HEADER, flush=True)
     for shipped in collect():
         if chosen.only and not any(text in shipped.name for text in chosen.only):
             continue
+        if chosen.usual and not shipped.usual:
+            continue
         for architecture in sorted(set(chosen.architecture)):
             if ARCHITECTURES[architecture] in shipped.families:
                 result = measured(shipped, architecture)
                 failed |= isinstance(result, str)
                 print(line(shipped.name, architecture, result), flush=True)
+    if not (failed or chosen.only or chosen.usual):
+        for architecture in sorted(set(chosen.architecture)):
+            print(sources(architecture))
     return int(failed)
 
 

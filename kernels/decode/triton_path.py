@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kernels.ahead_of_time import FAMILIES, Shipped
 from kernels.checks import Refused
-from kernels.decode.pages import Pages
+from kernels.decode.pages import PAGE_SIZES, Pages
 from kernels.decode.triton_step import combine_kernel, split_kernel, store_kernel
 from kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
-from kernels.soft_attention.triton_shape import DTYPES, generation
+from kernels.soft_attention.triton_shape import DTYPES, RANKS, WIDTHS, generation
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -66,7 +66,7 @@ def decode_attention(
     rows, heads, width = query.shape
     if width > WIDEST:
         raise Refused(f"query has width {width}; Triton takes 1 to {WIDEST}: take impl='torch'")
-    if pages.keys.dtype == torch.float32 and width > 64 and pages.page > 64:
+    if not fits(width, pages.keys.dtype, pages.page):
         raise Refused(f"pages of {pages.page} slots: Triton takes 16, 32 and 64 for float32 heads wider than 64")
     kv_heads, most = key.shape[1], pages.table.shape[1]
     groups = heads // kv_heads
@@ -104,6 +104,11 @@ def decode_attention(
     return output
 
 
+def fits(width: int, dtype: torch.dtype, page: int) -> bool:
+    """Whether a page of such heads fits a program."""
+    return dtype != torch.float32 or width <= 64 or page <= 64
+
+
 def _splits(programs: int, most: int) -> int:
     """Splits per row: no more than it may have pages, and none needed where rows and heads fill the GPU."""
     return max(1, min(most, MOST_SPLITS, triton.cdiv(PROGRAMS, programs)))
@@ -123,20 +128,29 @@ def _groups(groups: int, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
+_Variant = tuple[int, int | None, torch.dtype, int]
+"""Width, rank of the gates (None without), type, slots per page."""
+
+
 def shipped() -> list[Shipped]:
-    """Every width in bfloat16, 64 and 128 in float32, gated by rank 64 and, at width 64, not gated; pages of 64, and
-    the largest."""
-    widths = (32, 64, 80, 96, 128)
-    variants = [(width, True, torch.bfloat16, 64) for width in widths] + [(64, False, torch.bfloat16, 64)]
-    variants += [(64, True, torch.float32, 64), (128, True, torch.float32, 64)]
-    variants += [(128, True, torch.bfloat16, 128), (64, True, torch.float32, 128)]
-    return [shipped for variant in variants for shipped in _shipped(*variant)]
+    """Every width, in bfloat16 and float32, gated by rank 64, pages of 64; at widths 64 and 128 not gated too, and
+    every other page and rank."""
+
+    usual: list[_Variant] = [(width, 64, torch.bfloat16, 64) for width in WIDTHS] + [(64, None, torch.bfloat16, 64)]
+    usual += [(64, 64, torch.float32, 64), (128, 64, torch.float32, 64)]
+    usual += [(128, 64, torch.bfloat16, 128), (64, 64, torch.float32, 128)]
+    rarer: list[_Variant] = [(width, 64, torch.float32, 64) for width in WIDTHS]
+    for width in (64, 128):
+        for dtype in (torch.bfloat16, torch.float32):
+            rarer += [(width, rank, dtype, 64) for rank in (None, *RANKS)]
+            rarer += [(width, 64, dtype, page) for page in PAGE_SIZES if fits(width, dtype, page)]
+    return [shipped for variant in dict.fromkeys(usual + rarer) for shipped in _shipped(*variant, variant in usual)]
 
 
-def _shipped(width: int, gated: bool, dtype: torch.dtype, page: int) -> list[Shipped]:
+def _shipped(width: int, rank: int | None, dtype: torch.dtype, page: int, usual: bool) -> list[Shipped]:
     sizes, pointer = _widths(width, page), f"*{DTYPES[dtype]}"
-    ranks = {"RANK": 64, "PADDED_RANK": 64, "GATED": gated}
-    name = f"width={width} {DTYPES[dtype]} page={page}{'' if gated else ' no gates'}"
+    ranks = {"RANK": rank or 16, "PADDED_RANK": rank or 16, "GATED": rank is not None}
+    name = f"width={width} {DTYPES[dtype]} page={page} {'no gates' if rank is None else f'rank={rank}'}"
     integers = ("step", "drop_times", "guards", "table", "used", "free")
     sums = dict.fromkeys(("split_top", "split_sum", "split_seen"), "*fp32")
     store = {
@@ -158,12 +172,12 @@ def _shipped(width: int, gated: bool, dtype: torch.dtype, page: int) -> list[Shi
         **dict.fromkeys(("heads", "most", "splits"), "i32"),
     }
     constants = {**sizes, **ranks, **_groups(1, dtype), "UPCAST": False}
-    return [
-        Shipped(f"decode store_kernel {name}", store_kernel, store, {**sizes, **ranks}, 1, 3),
-        Shipped(f"decode combine_kernel {name}", combine_kernel, combine, {**sizes, "SPLITS": 16}, COMBINE_WARPS, 3),
-    ] + [
-        Shipped(
-            f"decode split_kernel {name}", split_kernel, split, constants, *launch_for(dtype, page, family), (family,)
-        )
-        for family in FAMILIES
-    ]
+    found = [Shipped(f"decode store_kernel {name}", store_kernel, store, {**sizes, **ranks}, 1, 3, FAMILIES, usual)]
+    if rank == 64:  # this one reads no interactions
+        whole = {**sizes, "SPLITS": 16}
+        how = (COMBINE_WARPS, 3, FAMILIES, usual)
+        found.append(Shipped(f"decode combine_kernel {name}", combine_kernel, combine, whole, *how))
+    for family in FAMILIES:
+        how = (*launch_for(dtype, page, family), (family,), usual)
+        found.append(Shipped(f"decode split_kernel {name}", split_kernel, split, constants, *how))
+    return found

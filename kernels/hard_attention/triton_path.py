@@ -128,10 +128,10 @@ def _constants(width: int, rows: int, keys: int, dtype: torch.dtype) -> dict[str
 
 
 def shipped() -> list[Shipped]:
-    """The lists, and attention at every width in bfloat16, at width 64 in float16, at 64 and 128 in float32."""
+    """The lists, and attention in every shape of triton_shape.SHAPES."""
     found = []
     for family in FAMILIES:
-        for rows in sorted({launch_for(width, dtype, family).tile[0] for width, dtype in SHAPES}):
+        for rows in sorted({launch_for(shape.width, shape.dtype, family).tile[0] for shape in SHAPES}):
             for patterned in (False, True):
                 signature = {
                     **dict.fromkeys(("drop_time", "listed", "whole", "total"), "*i32"),
@@ -141,11 +141,12 @@ def shipped() -> list[Shipped]:
                 constants = {"ROWS": rows, "CHUNK": CHUNK, "PATTERN": patterned}
                 name = f"prefill list_kernel rows={rows}{' pattern' if patterned else ''}"
                 found.append(Shipped(name, list_kernel, signature, constants, 4, 3, (family,)))
-        for width, dtype in SHAPES:
+        for shape in SHAPES:
+            width, dtype = shape.width, shape.dtype
             launch, name = launch_for(width, dtype, family), DTYPES[dtype]
             tile = _constants(width, *launch.tile, dtype) | {"UPCAST": False}
-            label = f"prefill_kernel width={width} {name}"
-            found.append(Shipped(label, prefill_kernel, _signature(name), tile, launch.warps, launch.stages, (family,)))
+            how = (launch.warps, launch.stages, (family,), shape.usual)
+            found.append(Shipped(f"prefill_kernel {shape.name}", prefill_kernel, _signature(name), tile, *how))
     return found
 
 

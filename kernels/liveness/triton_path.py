@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.ahead_of_time import Shipped
 from kernels.checks import Refused
 from kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
+from kernels.soft_attention.triton_shape import DTYPES, GATES, check_rank
 from kernels.soft_attention.triton_tiles import load_columns, load_rows
 
 TILE = (64, 64)
@@ -92,7 +93,7 @@ def drop_times(
     """Arguments and result as kernels.drop_times; tile: queries and keys per tile, powers of two from 16 on;
     split_rows: rows per program, a multiple of the tile's queries (by default as many as fill a GPU).
 
-    Raises ValueError for float64, and for a device that has no Triton.
+    Raises ValueError for float64, float32 of rank above 64, and for a device that has no Triton.
     """
     check_device(interaction_query)
     dtype = torch.promote_types(interaction_query.dtype, interaction_key.dtype)
@@ -102,6 +103,7 @@ def drop_times(
         tensor.detach().to(dtype).contiguous() if tensor.stride(-1) != 1 else tensor.detach().to(dtype)
         for tensor in (interaction_query, interaction_key)
     )
+    check_rank(query)
     batch, n, rank = query.shape
     rows, keys = tile
     key_blocks = triton.cdiv(n, keys)
@@ -137,15 +139,15 @@ def _constants(rank: int, rows: int, keys: int, dtype: torch.dtype) -> dict[str,
 
 
 def shipped() -> list[Shipped]:
-    """Ranks 32 and 64, from bfloat16 and float32 gates."""
+    """Every rank, from bfloat16 and float32 gates."""
     pointers = ("interaction_query", "interaction_key", "beta")
     numbers = ("query_batch_stride", "query_stride", "key_batch_stride", "key_stride", "n", "split_rows")
     return [
         Shipped(
-            f"drop_time_kernel rank={rank} {name}",
+            f"drop_time_kernel rank={rank} {DTYPES[dtype]}",
             drop_time_kernel,
             {
-                **dict.fromkeys(pointers, f"*{name}"),
+                **dict.fromkeys(pointers, f"*{DTYPES[dtype]}"),
                 **dict.fromkeys(("guard", "drop_time"), "*i32"),
                 **dict.fromkeys(numbers, "i32"),
                 "gate_scale": "fp32",
@@ -153,7 +155,7 @@ def shipped() -> list[Shipped]:
             {**_constants(rank, *TILE, dtype), "UPCAST": False},
             WARPS,
             STAGES,
+            usual=rank in (32, 64),
         )
-        for rank in (32, 64)
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        for rank, dtype in GATES
     ]

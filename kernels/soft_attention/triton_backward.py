@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.ahead_of_time import FAMILIES, Shipped
 from kernels.soft_attention.triton_forward import NUMBERS, STRIDES, bias_signature
-from kernels.soft_attention.triton_shape import DTYPES, SHAPES, attention_constants, default_tile
+from kernels.soft_attention.triton_shape import DTYPES, TRAINED, Variant, attention_constants
 from kernels.soft_attention.triton_tiles import (
     VARYING,
     add_rows,
@@ -199,28 +199,28 @@ def key_launch(width: int, dtype: torch.dtype, generation: str) -> tuple[int, in
     return 4, 3 if generation == "ampere" and dtype != torch.float32 else 2
 
 
-def _shipped(kernel, pointers: dict[str, str], width: int, dtype: torch.dtype) -> list[Shipped]:
+def _shipped(kernel, pointers: dict[str, str], variant: Variant) -> list[Shipped]:
     strides = (*STRIDES, *(f"d_output_{axis}stride" for axis in ("batch_", "head_", "")))
     numbers = dict.fromkeys(strides + NUMBERS, "i32") | {"score_scale": "fp32", "scale": "fp32"}
-    constants, launch = attention_constants(width, dtype, default_tile(dtype)), query_launch
+    constants, launch = attention_constants(variant.width, variant.dtype, variant.tile), query_launch
     if kernel is key_gradient_kernel:
-        constants, launch = constants | {"PARTS": parts(default_tile(dtype)[0])}, key_launch
-    name = f"{kernel.__name__} width={width} {DTYPES[dtype]}"
-    return [
-        Shipped(name, kernel, pointers | numbers, constants, *launch(width, dtype, family), (family,))
-        for family in FAMILIES
-    ]
+        constants, launch = constants | {"PARTS": parts(variant.tile[0])}, key_launch
+    found = []
+    for family in FAMILIES:
+        how = (*launch(variant.width, variant.dtype, family), (family,), variant.usual)
+        found.append(Shipped(f"{kernel.__name__} {variant.name}", kernel, pointers | numbers, constants, *how))
+    return found
 
 
 def shipped() -> list[Shipped]:
-    """Every shape of triton_shape.SHAPES."""
+    """Every shape of triton_shape.TRAINED."""
     found = []
-    for width, dtype in SHAPES:
-        pointer, bias = f"*{DTYPES[dtype]}", bias_signature(dtype)
+    for variant in TRAINED:
+        pointer, bias = f"*{DTYPES[variant.dtype]}", bias_signature(variant.dtype)
         inputs = dict.fromkeys(("query", "key", "value"), pointer)
         sums = dict.fromkeys(("log_sum", "delta"), "*fp32")
         pointers = {**inputs, "output": pointer, "d_output": pointer, **sums, "d_query": pointer, **bias}
-        found += _shipped(query_gradient_kernel, pointers, width, dtype)
+        found += _shipped(query_gradient_kernel, pointers, variant)
         pointers = {**inputs, "d_output": pointer, **sums, "d_key": "*fp32", "d_value": "*fp32", "home": "*i32"} | bias
-        found += _shipped(key_gradient_kernel, pointers, width, dtype)
+        found += _shipped(key_gradient_kernel, pointers, variant)
     return found

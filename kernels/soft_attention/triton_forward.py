@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import FAMILIES, Shipped
-from kernels.soft_attention.triton_shape import DTYPES, SHAPES, attention_constants, default_tile
+from kernels.soft_attention.triton_shape import DTYPES, TRAINED, attention_constants
 from kernels.soft_attention.triton_tiles import (
     GONE,
     VARYING,
@@ -153,9 +153,10 @@ def bias_signature(dtype: torch.dtype) -> dict[str, str]:
 
 
 def shipped() -> list[Shipped]:
-    """Every shape of triton_shape.SHAPES."""
+    """Every shape of triton_shape.TRAINED."""
     found = []
-    for width, dtype in SHAPES:
+    for variant in TRAINED:
+        width, dtype = variant.width, variant.dtype
         signature = {
             **dict.fromkeys(("query", "key", "value", "output"), f"*{DTYPES[dtype]}"),
             "log_sum": "*fp32",
@@ -163,10 +164,8 @@ def shipped() -> list[Shipped]:
             **dict.fromkeys(STRIDES + NUMBERS, "i32"),
             "score_scale": "fp32",
         }
-        constants = attention_constants(width, dtype, default_tile(dtype))
-        name = f"attention_kernel width={width} {DTYPES[dtype]}"
-        found += [
-            Shipped(name, attention_kernel, signature, constants, *launch(width, dtype, family), (family,))
-            for family in FAMILIES
-        ]
+        constants, name = attention_constants(width, dtype, variant.tile), f"attention_kernel {variant.name}"
+        for family in FAMILIES:
+            how = (*launch(width, dtype, family), (family,), variant.usual)
+            found.append(Shipped(name, attention_kernel, signature, constants, *how))
     return found

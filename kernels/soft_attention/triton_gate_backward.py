@@ -15,7 +15,8 @@ from kernels.soft_attention.triton_backward import NO_ROW
 from kernels.soft_attention.triton_forward import NUMBERS, STRIDES, bias_signature
 from kernels.soft_attention.triton_shape import (
     DTYPES,
-    SHAPES,
+    GATES,
+    TRAINED,
     attention_constants,
     default_tile,
     gate_constants,
@@ -184,9 +185,10 @@ SUFFIX_WARPS = 2
 
 
 def shipped() -> list[Shipped]:
-    """Every shape of triton_shape.SHAPES; interactions of rank 64 in bfloat16 and float32."""
+    """Every shape of triton_shape.TRAINED; interactions of every rank in bfloat16 and float32."""
     found = []
-    for width, dtype in SHAPES:
+    for variant in TRAINED:
+        width, dtype = variant.width, variant.dtype
         bias = bias_signature(dtype)
         signature = {
             **dict.fromkeys(("query", "key", "value", "d_output"), f"*{DTYPES[dtype]}"),
@@ -196,18 +198,18 @@ def shipped() -> list[Shipped]:
             **dict.fromkeys(NUMBERS, "i32"),
             "score_scale": "fp32",
         }
-        shape = attention_constants(width, dtype, default_tile(dtype)) | {"PIECE": piece(width, dtype)}
-        name = f"wanted_kernel width={width} {DTYPES[dtype]}"
+        shape = attention_constants(width, dtype, variant.tile) | {"PIECE": piece(width, dtype)}
+        name = f"wanted_kernel {variant.name}"
         for family in FAMILIES:
-            launch = wanted_launch(width, dtype, family)
-            found.append(Shipped(name, wanted_kernel, signature, shape, *launch, families=(family,)))
-    for dtype in (torch.bfloat16, torch.float32):
-        found += _shipped_gates(dtype)
+            how = (*wanted_launch(width, dtype, family), (family,), variant.usual)
+            found.append(Shipped(name, wanted_kernel, signature, shape, *how))
+    for rank, dtype in GATES:
+        found += _shipped_gates(rank, dtype)
     pointers = dict.fromkeys(("column_sum", "suffix", "later"), "*fp32") | {"blocks": "i32", "key_blocks": "i32"}
     return [*found, Shipped("suffix_kernel", suffix_kernel, pointers, {"KEYS": 64}, SUFFIX_WARPS, 3)]
 
 
-def _shipped_gates(dtype: torch.dtype) -> list[Shipped]:
+def _shipped_gates(rank: int, dtype: torch.dtype) -> list[Shipped]:
     numbers = dict.fromkeys(("n", "first_block", "row_blocks", "blocks", "key_blocks"), "i32") | {"gate_scale": "fp32"}
     found = []
     for kernel, read, written in (
@@ -222,6 +224,7 @@ def _shipped_gates(dtype: torch.dtype) -> list[Shipped]:
             **dict.fromkeys((f"{read}_batch_stride", f"{read}_stride"), "i32"),
             **{name: kind for name, kind in numbers.items() if name in kernel.arg_names},
         }
-        constants = gate_constants(64, dtype, default_tile(dtype))
-        found.append(Shipped(f"{kernel.__name__} {DTYPES[dtype]}", kernel, signature, constants, *GATE_LAUNCH))
+        constants, name = gate_constants(rank, dtype, default_tile(dtype)), f"{kernel.__name__} rank={rank}"
+        how = (*GATE_LAUNCH, FAMILIES, rank == 64)
+        found.append(Shipped(f"{name} {DTYPES[dtype]}", kernel, signature, constants, *how))
     return found

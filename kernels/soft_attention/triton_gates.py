@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.ahead_of_time import Shipped
 from kernels.sigmoid.triton_ops import family, log2_gate
-from kernels.soft_attention.triton_shape import DTYPES, TILE, default_tile, gate_constants
+from kernels.soft_attention.triton_shape import DTYPES, GATES, TILE, default_tile, gate_constants
 from kernels.soft_attention.triton_tiles import (
     CONSTANT,
     DEAD,
@@ -178,19 +178,20 @@ def _signature(dtype: torch.dtype) -> dict[str, str]:
 
 
 def shipped() -> list[Shipped]:
-    """Rank 64, the logistic and every family of alpha, in bfloat16 (float16 differs in one instruction) and float32."""
+    """Every rank and type of triton_shape.GATES, the logistic and every family of alpha."""
     gates = [
         Shipped(
-            f"gate_kernel {'replay' if replay else 'forward'} alpha={alpha} {DTYPES[dtype]}",
+            f"gate_kernel {'replay' if replay else 'forward'} alpha={alpha} rank={rank} {DTYPES[dtype]}",
             gate_kernel,
             _signature(dtype),
-            gate_constants(64, dtype, default_tile(dtype)) | family(alpha) | {"PTX": True, "REPLAY": replay},
+            gate_constants(rank, dtype, default_tile(dtype)) | family(alpha) | {"PTX": True, "REPLAY": replay},
             GATE_WARPS,
             2,
+            usual=rank == 64,
         )
         for alpha in (1.0, 1.5, 3.0, 8.0)
         for replay in (False, True)
-        for dtype in (torch.bfloat16, torch.float32)
+        for rank, dtype in GATES
     ]
     pointers = dict.fromkeys(("total", "share", "carry", "carries"), "*fp32") | {"tile_class": "*i32", "alive": "*fp32"}
     numbers = dict.fromkeys(("first_block", "row_blocks", "blocks", "key_blocks"), "i32")

@@ -13,7 +13,7 @@ from kernels.sigmoid.triton_ops import family
 from kernels.sigmoid.triton_path import check_device, on_device
 from kernels.soft_attention.triton_passes import Gradients, Result, Rows, backward_pass, forward_pass
 from kernels.soft_attention.triton_segments import Seen, homes_shape, pack, segment_rows, segments, slots
-from kernels.soft_attention.triton_shape import Shape, default_tile
+from kernels.soft_attention.triton_shape import Shape, check_rank, default_tile
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -44,7 +44,8 @@ def pruned_attention(
     workspace: bytes that tiles may take; segment: rows between two looks at which keys live. Half precision is computed
     on tensor cores, and so is float32, in three products each, to its own accuracy.
 
-    Raises ValueError for float64, widths that differ, and a device that has no Triton.
+    Raises ValueError for float64, float32 interactions of rank above 64, widths that differ, and a device that has no
+    Triton.
     """
     check_device(query)
     tensors = (query, key, value, interaction_query, interaction_key)
@@ -56,8 +57,11 @@ def pruned_attention(
         raise Refused(f"query has width {query.shape[-1]}; Triton takes 1 to {WIDEST}: take impl='torch'")
     attention = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
     gates = torch.promote_types(interaction_query.dtype, interaction_key.dtype)
+    if attention == torch.float32:  # whose tiles are small: gates in half precision would gain nothing
+        gates = attention
     query, key, value = (_rows_contiguous(tensor.to(attention)) for tensor in tensors[:3])
     interaction_query, interaction_key = (_rows_contiguous(tensor.to(gates)) for tensor in tensors[3:])
+    check_rank(interaction_query)
     guard, end = (tensor.to(torch.int32).contiguous() for tensor in (guard, end))
     tile = tile or default_tile(attention, gates)
     segment = segment_rows(query.shape[2], query.shape[0] * query.shape[1], tile[0]) if segment is None else segment

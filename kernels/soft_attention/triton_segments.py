@@ -115,16 +115,17 @@ def shipped() -> list[Shipped]:
     strides = ("batch_stride", "head_stride", "stride", "carry_stride", "home_stride")
     return [
         Shipped(
-            f"pack_kernel width={width} {DTYPES[dtype]}",
+            f"pack_kernel {variant.name}",
             pack_kernel,
             {
-                **dict.fromkeys(("source", "packed"), f"*{DTYPES[dtype]}"),
+                **dict.fromkeys(("source", "packed"), f"*{DTYPES[variant.dtype]}"),
                 **{"home": "*i32", "carry": "*fp32"},
                 **dict.fromkeys((*strides, "slot_end", "n"), "i32"),
             },
-            {"WIDTH": width, "PADDED": padded(width), "KEYS": 64},
+            {"WIDTH": variant.width, "PADDED": padded(variant.width), "KEYS": 64},
             PACK_WARPS,
             3,
+            usual=variant.usual,
         )
-        for width, dtype in SHAPES
+        for variant in SHAPES
     ]

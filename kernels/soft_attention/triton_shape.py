@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.checks import Refused
 from kernels.sigmoid.triton_path import interpreted, precision
 from kernels.soft_attention.triton_tiles import CONSTANT, MIXED
 
@@ -20,13 +21,64 @@ FULL_TILE = (32, 32)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Triton's names."""
 
-SHAPES = (
-    *((width, torch.bfloat16) for width in (32, 64, 80, 96, 128)),
-    (64, torch.float16),
-    (64, torch.float32),
-    (128, torch.float32),
+WIDTHS = (32, 64, 80, 96, 128)
+RANKS = (16, 32, 64, 128)
+"""Widths of heads and of interactions that are compiled ahead of time; others are padded to the next of them."""
+
+
+WIDEST_FULL = 64
+"""Rank of float32 interactions at most: wider ones spill."""
+
+GATES = tuple(
+    (rank, dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for rank in RANKS
+    if dtype != torch.float32 or rank <= WIDEST_FULL
 )
-"""Widths and types that are compiled ahead of time; float16 differs from bfloat16 in one instruction."""
+"""Interactions that whole rows are computed of."""
+
+
+def check_rank(interaction: Tensor) -> None:
+    """Raises Refused for interactions that would spill."""
+    rank = interaction.shape[-1]
+    if interaction.dtype == torch.float32 and rank > WIDEST_FULL:
+        raise Refused(
+            f"interaction_query is float32 of rank {rank}; Triton takes 1 to {WIDEST_FULL} in float32, any in half "
+            "precision: take impl='torch'"
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled ahead of time. width: of heads, or rank of interactions; beside_gates: with gates in float32."""
+
+    width: int
+    dtype: torch.dtype
+    beside_gates: bool = False
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return FULL_TILE if self.beside_gates or self.dtype == torch.float32 else TILE
+
+    @property
+    def name(self) -> str:
+        return f"width={self.width} {DTYPES[self.dtype]}{' gates fp32' if self.beside_gates else ''}"
+
+    @property
+    def usual(self) -> bool:
+        """Whether every run of the tests compiles it, and not only whoever changes a kernel."""
+        full = self.dtype == torch.float32
+        return not self.beside_gates and (not full or self.width in (64, 128))
+
+
+SHAPES = (
+    *(Variant(width, dtype) for dtype in (torch.bfloat16, torch.float32) for width in WIDTHS),
+    Variant(64, torch.float16),
+)
+"""Attention; float16 differs from bfloat16 in one instruction."""
+
+TRAINED = (*SHAPES, *(Variant(width, torch.bfloat16, beside_gates=True) for width in WIDTHS))
+"""The same where gates are computed too."""
 
 
 @dataclass(frozen=True)

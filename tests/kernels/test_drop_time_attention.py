@@ -174,6 +174,19 @@ def test_a_dropped_key_has_no_influence_whatever_it_holds():
     assert not torch.equal(before[0, :, 3:dead], after[0, :, 3:dead])
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_the_last_query_does_not_mind_in_which_order_its_keys_lie(impl):
+    query, key, value, times = inputs(4, 2, 40)
+    order = torch.cat([torch.randperm(39, generator=torch.Generator().manual_seed(1)), torch.tensor([39])])
+    token = torch.arange(40)
+    # Who lives to the end does wherever it lies; who does not is gone before.
+    moved = torch.where(times[:, order] >= 40, times[:, order], token + 1)
+    one = kernels.drop_time_attention(query, key, value, times, impl=impl)
+    other = kernels.drop_time_attention(query, key[:, :, order], value[:, :, order], moved, impl=impl)
+    torch.testing.assert_close(other[:, :, -1], one[:, :, -1], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(other[:, :, 20], one[:, :, 20])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_costs_what_the_same_precision_without_drops_costs(dtype):
     query, key, value, times = inputs(4, 2, 33, dtype)

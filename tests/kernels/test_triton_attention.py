@@ -205,3 +205,19 @@ def test_what_triton_cannot_do_is_refused_by_name():
     wide[:3] = [torch.zeros(*tensor.shape[:3], 130, device=DEVICE) for tensor in wide[:3]]
     with pytest.raises(ValueError, match="query has width 130"):
         kernels.pruned_attention(*wide, 1.5, impl="triton")
+    tensors = on_device(inputs(2, 1, 9, dtype=torch.float32))
+    tensors[3:5] = [torch.zeros(*tensor.shape[:2], 65, device=DEVICE) for tensor in tensors[3:5]]
+    with pytest.raises(ValueError, match="float32 of rank 65; Triton takes 1 to 64"):
+        kernels.pruned_attention(*tensors, 1.5, impl="triton")
+    with pytest.raises(ValueError, match="float32 of rank 65"):
+        kernels.drop_times(*tensors[3:6], impl="triton")
+    assert kernels.drop_times(*(tensor.bfloat16() for tensor in tensors[3:6]), impl="triton").shape[-1] == 9
+
+
+def test_gates_in_half_precision_beside_full_attention_are_computed_in_full():
+    tensors = on_device(inputs(2, 1, 9, dtype=torch.float32))
+    tensors[3:5] = [tensor.bfloat16() for tensor in tensors[3:5]]
+    output, alive = kernels.pruned_attention(*tensors, 1.5, impl="triton")
+    tensors[3:5] = [tensor.float() for tensor in tensors[3:5]]
+    wanted, wanted_alive = kernels.pruned_attention(*tensors, 1.5, impl="triton")
+    assert torch.equal(output, wanted) and torch.equal(alive, wanted_alive)
