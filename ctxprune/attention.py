@@ -46,7 +46,7 @@ class PrunedAttention(nn.Module):
             call = decoding.decide(cache, self, hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         elif cache is not None and cache.get_seq_length(self.layer_idx) > 0:
             raise UserError(
-                f"a {type(cache).__name__} cannot forget: decode with ctxprune.generate or pass "
+                f"a {type(cache).__name__} cannot forget: generate with ctxprune.generate, model.generate or pass "
                 "past_key_values=ctxprune.PrunedCache()"
             )
         else:
@@ -98,12 +98,12 @@ class PrunedAttention(nn.Module):
         """The learned gate, unless bypassed."""
         return None if self.mode == "dense" else self.rule.gate
 
-    def lifetime(self, position: Tensor) -> Tensor | None:
+    def lifetime(self, position: Tensor, pinned: Tensor | None = None) -> Tensor | None:
         """Queries that see each key by position alone, (batch, n); dense mode bypasses the rule, never the model's own
-        sliding window."""
+        sliding window. pinned: keys that no rule drops."""
         window = getattr(self.inner, "sliding_window", None) or self.sliding_window
         rule = Rule() if self.mode == "dense" else self.rule
-        return lifetimes(position, rule, self.state.policy.sinks, self.state.policy.recent, window)
+        return lifetimes(position, rule, self.state.policy.sinks, self.state.policy.recent, window, pinned)
 
     def inherit(self, drop_time: Tensor) -> Tensor:
         """With propagate_in_depth, a key gone in the layer above is gone here: the earlier of the two drop times."""
@@ -133,8 +133,7 @@ def attention(
     if pruning is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
     if isinstance(pruning, Cached):
-        visible = pruning.visible if query.shape[2] > 1 else pruning.slots.visible()
-        return sdpa_attention_forward(module, query, key, value, visible, scaling=scaling, is_causal=False, **kwargs)
+        return pruning.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
     if dropout:
         raise UserError(
             "attention dropout does not go with pruning: load the model with its attention dropout set to 0"

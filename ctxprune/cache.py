@@ -1,70 +1,58 @@
-"""Where do the survivors live while a model generates?
+"""What does transformers hold while a retrofitted model generates? A cache that forgets, one LayerCache per layer.
 
-In slots: what is dropped frees its slot, and the next token takes it.
-
-The order of slots means nothing (attention is a sum), so nothing is ever moved to close a gap. True positions are kept
-beside the slots. Keys are stored as the model rotated them, so RoPE stays right whatever was dropped.
+True positions are kept apart from slots, and keys are stored as the model rotated them, so RoPE stays right whatever
+was dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
 
-GROWTH = 16
-"""Slots added when a row is full: at least this many, or an eighth of the buffer."""
+from ctxprune.errors import UserError
+from ctxprune.layer_cache import LayerCache
+
 SHRINK_EVERY = 32
-"""Steps between two looks at whether the buffer may shrink."""
-EMPTY = -1
-"""Position of a free slot."""
-
-
-@dataclass
-class Slots:
-    """One layer's survivors. keys, values: (batch, kv_heads, slots, width); interaction: (batch, slots, rank) or None;
-    position, life: (batch, slots), position EMPTY where the slot is free."""
-
-    keys: Tensor
-    values: Tensor
-    interaction: Tensor | None
-    position: Tensor
-    life: Tensor | None
-    filled: int | None = None
-    """When a number: slots 0..filled-1 are live in every row and all others free, so that no mask is needed (dense)."""
-
-    def live(self) -> Bool[Tensor, "batch slots"]:
-        return self.position >= 0
-
-    def visible(self) -> Bool[Tensor, "batch 1 1 slots"] | None:
-        """What one query may read, for SDPA; None: all that `update` returned."""
-        return None if self.filled is not None else self.live()[:, None, None, :]
-
-    def each(self, change: Callable[[str, Tensor, int], Tensor]) -> Slots:
-        """New slots, every buffer changed by change(name, buffer, its slot axis)."""
-        return Slots(
-            keys=change("keys", self.keys, 2),
-            values=change("values", self.values, 2),
-            interaction=None if self.interaction is None else change("interaction", self.interaction, 1),
-            position=change("position", self.position, 1),
-            life=None if self.life is None else change("life", self.life, 1),
-        )
+"""Steps between two looks at whether pages can be given back."""
+SPARE = 0.25
+"""Part of a row's pages that it may hold in vain before they are."""
 
 
 @dataclass
 class Arrival:
-    """What the wrapper decided about the tokens of this call, until the layer's keys and values arrive."""
+    """What the wrapper decided about the tokens of a first pass, until the layer's keys and values arrive.
 
-    survives: Bool[Tensor, "batch queries"]
+    step: (batch, n) position of each token that is to be stored, negative for the others; guard, drop_time: as
+    kernels.extend_attention takes them.
+    """
+
     interaction: Tensor | None
-    position: Int[Tensor, "batch queries"]
-    life: Tensor | None
-    endless: bool
-    """Nothing can ever be dropped: no gate and no lifetime."""
+    step: Int[Tensor, "batch n"]
+    guard: Int[Tensor, "batch n"]
+    drop_time: Int[Tensor, "batch n"]
+
+
+@dataclass
+class NewTokens:
+    """What the layers share of the tokens of a call. All (batch, n), but length (batch,).
+
+    position: true positions; real: False at padding, None without any; step: position, -1 at padding; guard: first step
+    whose gate may drop each; never: drop times of tokens that nothing drops; pinned: which no rule drops; length:
+    positions seen after the call.
+    """
+
+    position: Int[Tensor, "batch n"]
+    real: Bool[Tensor, "batch n"] | None
+    step: Int[Tensor, "batch n"]
+    guard: Int[Tensor, "batch n"]
+    never: Int[Tensor, "batch n"]
+    pinned: Bool[Tensor, "batch n"] | None
+    length: Int[Tensor, " batch"]
 
 
 class PrunedCache(Cache):
@@ -74,17 +62,42 @@ class PrunedCache(Cache):
     model's wrapped layers (ctxprune.decoding).
     """
 
-    def __init__(self):
-        self.slots: list[Slots] = []
-        self.arrival: Arrival | None = None
-        self.alive: Tensor | None = None
+    def __init__(
+        self,
+        *,
+        page: int = 64,
+        max_live_tokens: int | None = None,
+        pinned: Bool[Tensor, "rows positions"] | None = None,
+        reversible: bool = False,
+        max_bytes: int | None = None,
+    ):
+        """page: slots per page (16, 32, 64 or 128). max_live_tokens: keys per row and layer, the newest included, that
+        are never exceeded; the policy's own ranking says who goes. pinned: positions that nothing ever drops.
+        reversible: keep what is needed for `crop` (dropped keys keep their slots until then). max_bytes: of all pages
+        together; what would take more raises ctxprune.layer_cache.PoolFull.
+
+        Raises UserError for a page size or cap out of range.
+        """
+        if page not in (16, 32, 64, 128):
+            raise UserError(f"page is {page}: choose 16, 32, 64 or 128 slots")
+        if max_live_tokens is not None and max_live_tokens < 1:
+            raise UserError(f"max_live_tokens is {max_live_tokens}: give at least 1")
+        self.held: list[LayerCache] = []
+        self.length: Tensor | None = None
+        """(rows,) positions each row has seen: that of its next token."""
         self.seen = 0
+        self.page, self.max_live_tokens, self.reversible = page, max_live_tokens, reversible
+        self.pinned, self.max_bytes = pinned, max_bytes
+        self.incoming: NewTokens | None = None
+        self.arrival: Arrival | None = None
+        self.end_of: list[Callable[[Tensor, Tensor], Tensor]] = []
+        """By layer: drop times of positions of rows by themselves, whatever gates say."""
         self.layers = []
         self.offloading = False
 
     # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, dropped or not."""
+        """Tokens seen so far, padding included, dropped or not."""
         return self.seen
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -100,125 +113,172 @@ class PrunedCache(Cache):
     def is_compileable(self) -> bool:
         return False
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Store the survivors among the new keys and values, (batch, kv_heads, queries, width); returns what the
-        attention of this call reads: all new ones at the first pass, old slots and new ones later."""
-        arrival, self.arrival = self.arrival, None
-        assert arrival is not None, "the wrapper decides before its layer's keys and values arrive"
-        if layer_idx == len(self.slots):
-            self.slots.append(_gather_survivors(key_states, value_states, arrival))
-            return key_states, value_states
-        slots = self.slots[layer_idx]
-        if key_states.shape[2] == 1:
-            return _insert_one(slots, key_states, value_states, arrival)
-        read = torch.cat([slots.keys, key_states], 2), torch.cat([slots.values, value_states], 2)
-        self.slots[layer_idx] = compact(_joined(slots, _gather_survivors(key_states, value_states, arrival)))
-        return read
+    @property
+    def is_croppable(self) -> bool:
+        return self.reversible
 
-    def shrink(self) -> None:
-        """Give back slots that have been free: buffers shrink to the longest row where that saves a quarter."""
-        for index, slots in enumerate(self.slots):
-            if slots.filled is not None:
-                continue
-            longest = int(slots.live().sum(1).max())
-            if longest + GROWTH < 0.75 * slots.position.shape[1]:
-                self.slots[index] = compact(slots)
+    @property
+    def batch_size(self) -> int:
+        return self.held[0].rows if self.held else -1
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def activate_past_recording(self) -> None:
+        """transformers is going to crop this cache."""
+        self.reversible = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Keys and values, (batch, kv_heads, n, width), of a first pass are stored here, as far as they survive; those
+        of later passes by the attention itself (ctxprune.calls.Cached). Returns them as they are."""
+        arrival, self.arrival = self.arrival, None
+        if arrival is not None:
+            if key_states.shape != value_states.shape:
+                raise UserError("keys and values of different widths cannot be cached in pages")
+            rank = None if arrival.interaction is None else arrival.interaction.shape[-1]
+            batch, kv_heads, _, width = key_states.shape
+            dtype, device = key_states.dtype, key_states.device
+            layer = LayerCache(
+                batch, kv_heads=kv_heads, width=width, rank=rank, page=self.page, dtype=dtype, device=device
+            )
+            layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
+            self.held.append(layer)
+            layer.make_room_for((arrival.step >= 0).sum(1))
+            layer.pages.store(
+                key_states, value_states, arrival.interaction, arrival.step, arrival.guard, arrival.drop_time
+            )
+        return key_states, value_states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens of every row as if they had never come (assisted decoding); what
+        stays is final. Raises UserError if the cache is not reversible."""
+        if not self.reversible:
+            raise UserError("this cache cannot take tokens back: make it with ctxprune.PrunedCache(reversible=True)")
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
+        if self.length is not None:
+            self.rewind(self.length - removed)
+        self.seen -= removed
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held, self.end_of, self.length, self.seen = [], [], None, 0
+
+    # What generation asks of it.
+    @property
+    def lengths(self) -> Int[Tensor, " rows"]:
+        """Positions each row has seen."""
+        assert self.length is not None, "nothing has been cached yet"
+        return self.length
+
+    @property
+    def new(self) -> NewTokens:
+        """The tokens of the call in flight."""
+        assert self.incoming is not None, "the first layer tells the others"
+        return self.incoming
+
+    @new.setter
+    def new(self, tokens: NewTokens) -> None:
+        self.incoming = tokens
+
+    @property
+    def last(self) -> Int[Tensor, " rows"]:
+        """Position of each row's last token: the step whose survivors are alive."""
+        return self.lengths - 1
+
+    def shrink(self, spare: float = SPARE) -> None:
+        """Give back pages that dropped keys have left empty, in rows that hold more than that part of theirs in
+        vain."""
+        if not self.reversible:
+            for layer in self.held:
+                layer.compact(self.last, spare)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows of the batch; the others' memory is freed."""
-        for index, slots in enumerate(self.slots):
-            chosen = slots.each(lambda name, buffer, axis: buffer.index_select(0, rows))
-            chosen.filled = slots.filled
-            self.slots[index] = chosen if slots.filled is not None else compact(chosen)
+        """These rows of the batch, in this order; the others' memory is freed."""
+        if self.length is None:
+            return
+        rows = rows.to(self.length.device)
+        for layer in self.held:
+            layer.select(rows)
+        self.length = self.length[rows]
+        self.pinned = None if self.pinned is None else self.pinned[rows.to(self.pinned.device)]
+
+    def absorb(self, other: PrunedCache) -> None:
+        """The other's rows follow ours (requests that join a running batch); the other must not be used again."""
+        self.pinned = _joined(self.pinned, self.batch_size, other.pinned, other.batch_size)
+        if not self.held:
+            self.held, self.length, self.end_of = other.held, other.length, other.end_of
+            for layer in self.held:
+                layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
+        else:
+            for ours, theirs in zip(self.held, other.held, strict=True):
+                ours.absorb(theirs)
+                theirs.pages = ours.pages  # their own are free to go
+            self.length = torch.cat([self.lengths, other.lengths])
+        self.seen = max(self.seen, other.seen)
+
+    def rewind(self, length: Int[Tensor, " rows"]) -> None:
+        """Every row as it was when its next position was `length`; what it held then is final from now on."""
+        for layer, end_of in zip(self.held, self.end_of, strict=True):
+            layer.rewind(length, end_of)
+            layer.compact(length - 1, SPARE)
+        self.length = length
+
+    def positions(self) -> list[list[list[int]]]:
+        """By layer and row, the positions of the keys alive, rising."""
+        return [layer.positions(self.last) for layer in self.held]
 
     def live_tokens(self) -> Int[Tensor, "layers batch"]:
         """Keys alive per layer and row."""
-        return torch.stack([slots.live().sum(1) for slots in self.slots])
+        return torch.stack([layer.pages.live(self.last) for layer in self.held])
 
     def live_bytes(self) -> int:
         """Bytes of the live keys, values and interaction keys."""
-        return sum(_bytes_per_token(slots) * int(slots.live().sum()) for slots in self.slots)
+        return sum(layer.bytes_per_token() * int(layer.pages.live(self.last).sum()) for layer in self.held)
+
+    # A pool of fixed size.
+    def spare_pages(self) -> int:
+        """How many pages more the layers may have together."""
+        assert self.max_bytes is not None
+        return max(0, self.max_bytes - self.allocated_bytes()) // self.held[0].page_bytes()
+
+    def fits_a_step(self) -> bool:
+        """Whether the next token of every row finds its page."""
+        if self.max_bytes is None:
+            return True
+        if sum(layer.pages_for_a_step() for layer in self.held) > self.spare_pages():
+            self.trim()
+        return sum(layer.pages_for_a_step() for layer in self.held) <= self.spare_pages()
+
+    def trim(self) -> None:
+        """No page that no row has."""
+        for layer in self.held:
+            layer.trim()
+
+    def used_bytes(self) -> int:
+        """Bytes of the pages that rows have, free slots included."""
+        return sum(layer.used_bytes() for layer in self.held)
 
     def allocated_bytes(self) -> int:
-        """Bytes of all key, value and interaction buffers, free slots included."""
-        return sum(_bytes_per_token(slots) * slots.position.numel() for slots in self.slots)
+        """Bytes of all pages, free slots and the slots' integers included."""
+        return sum(layer.allocated_bytes() for layer in self.held)
 
 
-def _bytes_per_token(slots: Slots) -> int:
-    heads, width = slots.keys.shape[1], slots.keys.shape[3]
-    numbers = 2 * heads * width + (slots.interaction.shape[-1] if slots.interaction is not None else 0)
-    return numbers * slots.keys.element_size()
-
-
-def _gather_survivors(keys: Tensor, values: Tensor, arrival: Arrival) -> Slots:
-    """Slots that hold exactly the surviving tokens of a pass, each row's first."""
-    position = torch.where(arrival.survives, arrival.position, EMPTY)
-    everything = Slots(keys, values, arrival.interaction, position, arrival.life)
-    if arrival.endless and bool(arrival.survives.all()):
-        return replace(everything, filled=position.shape[1])
-    return compact(everything)
-
-
-def _reordered(slots: Slots, order: Int[Tensor, "batch kept"]) -> Slots:
-    """The slots named by `order`, row by row."""
-
-    def picked(name: str, buffer: Tensor, axis: int) -> Tensor:
-        index = order.reshape(order.shape[0], *([1] * (axis - 1)), -1, *([1] * (buffer.ndim - axis - 1)))
-        return torch.take_along_dim(buffer, index, dim=axis)
-
-    return slots.each(picked)
-
-
-def compact(slots: Slots) -> Slots:
-    """Live slots first, free ones cut off down to the longest row."""
-    live = slots.live()
-    order = torch.argsort((~live).to(torch.uint8), dim=1, stable=True)
-    return _reordered(slots, order[:, : max(1, int(live.sum(1).max()))])
-
-
-def _joined(first: Slots, second: Slots) -> Slots:
-    return first.each(lambda name, buffer, axis: torch.cat([buffer, getattr(second, name)], axis))
-
-
-def _insert_one(slots: Slots, key: Tensor, value: Tensor, arrival: Arrival) -> tuple[Tensor, Tensor]:
-    """Write one token per row into a free slot, growing the buffers where a row has none; returns what to read."""
-    if slots.filled is not None:
-        return _append_one(slots, slots.filled, key, value, arrival)
-    free = ~slots.live()
-    if not bool(free.any(1).all()):
-        _grow(slots)
-        free = ~slots.live()
-    slot = free.to(torch.uint8).argmax(1)
-    row = torch.arange(key.shape[0], device=key.device)
-    slots.keys[row, :, slot] = key[:, :, 0]
-    slots.values[row, :, slot] = value[:, :, 0]
-    slots.position[row, slot] = arrival.position[:, 0]
-    if arrival.interaction is not None and slots.interaction is not None:
-        slots.interaction[row, slot] = arrival.interaction[:, 0]
-    if arrival.life is not None and slots.life is not None:
-        slots.life[row, slot] = arrival.life[:, 0]
-    return slots.keys, slots.values
-
-
-def _append_one(slots: Slots, column: int, key: Tensor, value: Tensor, arrival: Arrival) -> tuple[Tensor, Tensor]:
-    """Nothing is ever dropped: the next column, as a plain cache would."""
-    if column == slots.position.shape[1]:
-        _grow(slots)
-    slots.keys[:, :, column] = key[:, :, 0]
-    slots.values[:, :, column] = value[:, :, 0]
-    slots.position[:, column] = arrival.position[:, 0]
-    slots.filled = column + 1
-    return slots.keys[:, :, : column + 1], slots.values[:, :, : column + 1]
-
-
-def _grow(slots: Slots) -> None:
-    extra = max(GROWTH, slots.position.shape[1] // 8)
-
-    def longer(name: str, buffer: Tensor, axis: int) -> Tensor:
-        shape = list(buffer.shape)
-        shape[axis] = extra
-        return torch.cat([buffer, buffer.new_full(shape, EMPTY if name == "position" else 0)], axis)
-
-    grown = slots.each(longer)
-    slots.keys, slots.values, slots.position = grown.keys, grown.values, grown.position
-    slots.interaction, slots.life = grown.interaction, grown.life
+def _joined(first: Tensor | None, rows: int, second: Tensor | None, more: int) -> Tensor | None:
+    """Pinned positions of both, (rows + more, positions)."""
+    if first is None and second is None:
+        return None
+    first, second = (
+        torch.zeros(max(count, 0), 1, dtype=torch.bool) if given is None else given.cpu()
+        for given, count in ((first, rows), (second, more))
+    )
+    every = [*first, *second]
+    return torch.nn.utils.rnn.pad_sequence(every, batch_first=True, padding_value=False)

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctxprune.cache import Slots
+import kernels
+from ctxprune.cache import PrunedCache
+from ctxprune.capping import enforce
+from ctxprune.layer_cache import LayerCache
 from ctxprune.policies import PolicyConfig
 from ctxprune.visibility import Layout, guards
 
@@ -47,9 +50,11 @@ class PruningState:
         """A key dropped in one layer is gone in every deeper one."""
         return getattr(self.policy, "propagate_in_depth", False)
 
-    def guards(self, position: Int[Tensor, "batch n"]) -> Int[Tensor, "batch n"] | None:
+    def guards(
+        self, position: Int[Tensor, "batch n"], pinned: Bool[Tensor, "batch n"] | None = None
+    ) -> Int[Tensor, "batch n"] | None:
         """First row whose gate may drop each key, given its position in its document; None when that is the next."""
-        return guards(position, self.policy.sinks, self.policy.recent)
+        return guards(position, self.policy.sinks, self.policy.recent, pinned)
 
     @property
     def documents(self) -> Layout:
@@ -85,8 +90,49 @@ class Hard:
 
 @dataclass
 class Cached:
-    """Attention over a pruned cache. One new token: over the live slots (read after it has taken its own); several:
-    `visible`, (batch, 1, queries, old slots + new tokens), True where a query sees a key."""
+    """Attention of new tokens over what a layer's cache holds, which takes them in.
 
-    slots: Slots
-    visible: Tensor | None = None
+    gates: interaction query, key (batch, n, rank) and beta, or None; step, guard, drop_time: (batch, n) as
+    kernels.extend_attention takes them; in_depth: what the layer above drops is dropped here.
+    """
+
+    cache: PrunedCache
+    index: int
+    gates: tuple[Tensor, Tensor, Tensor] | None
+    step: Int[Tensor, "batch n"]
+    guard: Int[Tensor, "batch n"]
+    drop_time: Int[Tensor, "batch n"]
+    in_depth: bool = False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """query (batch, heads, n, width) -> (batch, heads, n, width)."""
+        layer, n = self.cache.held[self.index], query.shape[2]
+        if self.in_depth:
+            times = self.cache.held[self.index - 1].times()
+            layer.inherit(times)
+            self.drop_time = torch.minimum(self.drop_time, times.gather(1, self.step.clamp(min=0).long()))
+        if n == 1 or self.cache.max_live_tokens is not None:
+            return torch.cat([self._one(layer, query, key, value, scale, i) for i in range(n)], 2)
+        layer.make_room_for((self.step >= 0).sum(1))
+        gate_query, gate_key, beta = self.gates or (None, None, None)
+        return kernels.extend_attention(
+            query, key, value, gate_query, gate_key, beta, self.step, layer.pages,
+            guard=self.guard, drop_time=self.drop_time, scale=scale,
+        )  # fmt: skip
+
+    def _one(self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float | None, i: int) -> Tensor:
+        """Token i alone: (batch, heads, 1, width)."""
+        gate_query, gate_key, beta = self.gates or (None, None, None)
+        if gate_query is not None and gate_key is not None:
+            gate_query, gate_key = gate_query[:, i], gate_key[:, i]
+        step = self.step[:, i]
+        if self.cache.max_live_tokens is not None:
+            enforce(layer, gate_query, beta, step, self.cache.max_live_tokens)
+        if self.cache.reversible:
+            layer.pages.free.fill_(-1)  # slots of dropped keys may have to come back
+        layer.make_room()
+        output = kernels.decode_attention(
+            query[:, :, i], key[:, :, i], value[:, :, i], gate_query, gate_key, beta, step, layer.pages,
+            guard=self.guard[:, i], drop_time=self.drop_time[:, i], scale=scale,
+        )  # fmt: skip
+        return output[:, :, None]

@@ -1,140 +1,150 @@
 """Which keys does a decoding step drop? The same rule as over whole rows, asked one call at a time.
 
-`decide` runs before the layer's own keys exist: it marks dropped slots free (a drop acts at once, for the very query
-that decided it) and says which of the new tokens will be stored. Offline drop times and these steps agree exactly.
+`decide` runs before the layer's own keys exist. A first pass takes drop times over whole rows, as training and
+evaluation do; later ones hand the gates to the attention over the cache, which drops and attends at once. Offline drop
+times and these steps agree exactly.
 """
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 import kernels
-from ctxprune.cache import EMPTY, Arrival, PrunedCache, Slots
+from ctxprune.cache import Arrival, NewTokens, PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
-from ctxprune.visibility import ends, layout
+from ctxprune.policies.rule import FOREVER
+from ctxprune.visibility import Layout, ends, layout
+from kernels.decode.pages import NEVER
 
 
 def decide(
     cache: PrunedCache, wrapper, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
 ) -> Hard | Cached | None:
-    """Drops of one layer for the new tokens hidden, (batch, queries, width), and what the attention may read.
+    """Drops of one layer for the new tokens hidden, (batch, n, width), and what the attention may read.
 
-    position_ids: (rows, queries) true positions, by default those that follow; padding: (batch, tokens), True at real
-    tokens, honoured in the first call only (pad prompts on the left).
+    position_ids: (rows, n) true positions, by default those that follow; padding: (batch, tokens), True at real tokens,
+    of which the last n columns are these. A row's real tokens stand together.
     """
-    if position_ids is None:
-        position_ids = torch.arange(cache.seen, cache.seen + hidden.shape[1], device=hidden.device)[None]
-    position = position_ids.expand(hidden.shape[0], -1)
-    last = wrapper.layer_idx == wrapper.state.layers - 1
+    if wrapper.layer_idx == 0:
+        cache.new = _new_tokens(cache, wrapper, hidden, position_ids, padding)
+    new = cache.new
+    gates = wrapper.gate(hidden) if wrapper.gate is not None else None
+    drop_time = _end(wrapper, new.position, new.pinned)
+    first = wrapper.layer_idx >= len(cache.held)
+    if first:
+        cache.end_of.append(partial(_end_of_stored, cache, wrapper))
     call: Hard | Cached | None
-    if wrapper.layer_idx >= len(cache.slots):
-        call = _first_pass(cache, wrapper, hidden, position, padding)
+    if first and (cache.max_live_tokens is None or hidden.shape[1] <= cache.max_live_tokens):
+        call = _first_pass(cache, wrapper, gates, drop_time)
     else:
-        call = _later_pass(cache, wrapper, hidden, position)
-    if last:
+        call = _later_pass(cache, wrapper, gates, drop_time)
+    if wrapper.layer_idx == wrapper.state.layers - 1:
         cache.seen += hidden.shape[1]
+        cache.length = new.length
     return call
 
 
-def _first_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor, padding: Tensor | None) -> Hard | None:
-    """The prompt: drop times over whole rows; whoever outlives the last query is stored."""
-    n = hidden.shape[1]
-    plan = layout(hidden.shape[:2], position, padding, hidden.device)
-    life = wrapper.lifetime(position)
-    drop_time, interaction = ends(plan, life), None
-    if wrapper.gate is not None:
-        query, interaction, beta = wrapper.gate(hidden)
-        guard = wrapper.state.guards(position)
-        drop_time = wrapper.inherit(kernels.drop_times(query, interaction, beta, guard=guard, end=drop_time))
-    survives = drop_time >= n
-    if padding is not None:
-        survives &= padding.to(torch.bool)[:, -n:]
-    endless = wrapper.gate is None and life is None
-    cache.arrival = Arrival(survives, interaction, position, life, endless)
-    return Hard(drop_time) if bool((drop_time < n).any()) else None
+def _new_tokens(
+    cache: PrunedCache, wrapper, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
+) -> NewTokens:
+    """What the layers share."""
+    batch, n, device = hidden.shape[0], hidden.shape[1], hidden.device
+    real = None if padding is None else padding[:, -n:].to(torch.bool)
+    if real is not None and bool(real.all()):
+        real = None
+    position = _positions(cache, batch, n, position_ids, real, device)
+    step = position if real is None else position.masked_fill(~real, -1)
+    length = step.amax(1) + 1
+    if cache.length is not None:
+        length = torch.maximum(length, cache.length)
+    pinned, policy = _pinned(cache.pinned, position, torch.arange(batch, device=device)[:, None]), wrapper.state.policy
+    protected = position < policy.sinks if pinned is None else (position < policy.sinks) | pinned
+    guard = torch.where(protected, NEVER, position + 1 + policy.recent)
+    never = torch.full(position.shape, NEVER, dtype=torch.int32, device=device)
+    return NewTokens(position, real, step.to(torch.int32), guard.to(torch.int32), never, pinned, length)
 
 
-def _later_pass(cache: PrunedCache, wrapper, hidden: Tensor, position: Tensor) -> Cached:
-    """More tokens on top of the survivors: each new query may drop old slots and earlier new tokens."""
-    slots, n = cache.slots[wrapper.layer_idx], hidden.shape[1]
-    life = wrapper.lifetime(position)
-    gates = wrapper.gate(hidden) if wrapper.gate is not None else None
-    if (gates is None) != (slots.interaction is None):
-        raise UserError("this cache was filled in another mode (hard or dense): start again with a new PrunedCache()")
-    if slots.filled is not None and gates is None and life is None and n == 1:
-        cache.arrival = Arrival(torch.ones_like(position, dtype=torch.bool), None, position, None, True)
-        return Cached(slots)
-    seen_old = _visible_slots(slots, wrapper, position, gates)
-    if wrapper.state.propagate_in_depth:
-        if wrapper.layer_idx > 0:
-            seen_old &= _seen_above(cache, slots)
-        _remember_seen(cache, slots, position, seen_old)
-    slots.position = torch.where(seen_old[:, -1], slots.position, EMPTY)
-    slots.filled = None
-    interaction = gates[1] if gates is not None else None
-    if n == 1:
-        drop_time, visible = position.new_full(position.shape, 1), None
-    else:
-        drop_time = ends(layout(position.shape, None, None, position.device), life)
-        if gates is not None:
-            guard = wrapper.state.guards(position)
-            drop_time = wrapper.inherit(kernels.drop_times(*gates, guard=guard, end=drop_time))
-        row = torch.arange(n, device=position.device)[:, None]
-        seen_new = (row >= row.T) & (row < drop_time[:, None, :])
-        visible = torch.cat([seen_old, seen_new], dim=2)[:, None]
-    cache.arrival = Arrival(drop_time >= n, interaction, position, life, False)
-    return Cached(slots, visible)
+def _positions(
+    cache: PrunedCache, batch: int, n: int, given: Tensor | None, real: Tensor | None, device: torch.device
+) -> Int[Tensor, "batch n"]:
+    """True positions of the new tokens."""
+    if given is not None:
+        return given.expand(batch, -1)
+    before = 0 if cache.length is None else cache.length[:, None]
+    if real is None:
+        return (before + torch.arange(n, device=device)).expand(batch, -1)
+    return before + (real.cumsum(1) - 1).clamp(min=0)
 
 
-def _visible_slots(
-    slots: Slots, wrapper, position: Int[Tensor, "batch queries"], gates: tuple | None
-) -> Bool[Tensor, "batch queries slots"]:
-    """Which old slots each new query sees: alive, not too old, and dropped by neither it nor a query before it."""
-    age = position[:, :, None] - slots.position[:, None, :]
-    gone = torch.zeros_like(age, dtype=torch.bool) if slots.life is None else age >= slots.life[:, None, :]
+def _pinned(pinned: Tensor | None, position: Int[Tensor, ...], row: Tensor) -> Bool[Tensor, ...] | None:
+    """Which of these positions of these rows are pinned."""
+    if pinned is None:
+        return None
+    pinned = pinned.to(position.device)
+    known = position < pinned.shape[1]
+    return pinned[row, position.clamp(max=pinned.shape[1] - 1).long()] & known
+
+
+def _end(wrapper, position: Tensor, pinned: Tensor | None) -> Tensor | None:
+    """Drop time of each token by its position alone, whatever gates say; None: never."""
+    life = wrapper.lifetime(position, pinned)
+    return None if life is None else torch.where(life >= FOREVER, NEVER, position + life).to(torch.int32)
+
+
+def _end_of_stored(cache: PrunedCache, wrapper, position: Tensor, row: Tensor) -> Tensor:
+    """The same of positions that are stored for these rows."""
+    end = _end(wrapper, position, _pinned(cache.pinned, position, row))
+    return torch.full_like(position, NEVER) if end is None else end
+
+
+def _first_pass(
+    cache: PrunedCache, wrapper, gates: tuple[Tensor, Tensor, Tensor] | None, drop_time: Tensor | None
+) -> Hard | None:
+    """The prompt: drop times over whole rows; whoever outlives the row's last query is stored."""
+    new = cache.new
+    position, n = new.position, new.position.shape[1]
+    plan = layout(position.shape, position, new.real, position.device)
+    row = ends(plan, wrapper.lifetime(position, new.pinned))
     if gates is not None:
-        query, _, beta = gates
-        assert slots.interaction is not None, "a gated layer keeps interaction keys"
-        work = torch.float64 if query.dtype == torch.float64 else torch.float32
-        x = torch.baddbmm(
-            beta.to(work),
-            query.to(work),
-            slots.interaction.to(work).transpose(1, 2),
-            alpha=1.0 / math.sqrt(query.shape[-1]),
-        )
-        dropping = x <= 0
-        sinks, recent = wrapper.state.policy.sinks, wrapper.state.policy.recent
-        if sinks:
-            dropping &= slots.position[:, None, :] >= sinks
-        if recent:
-            dropping &= age > recent
-        gone |= dropping
-    if gone.shape[1] > 1:
-        gone = gone.cummax(dim=1).values
-    return ~gone & slots.live()[:, None, :]
+        guards = wrapper.state.guards(position, new.pinned)
+        row = wrapper.inherit(kernels.drop_times(*gates, guard=guards, end=row))
+    last = _last_end(plan, new.real)
+    drop_time = new.never if drop_time is None else drop_time
+    if cache.reversible:
+        # All are kept, with the position of the query that dropped them.
+        dropped = position.gather(1, row.clamp(max=n - 1)).to(torch.int32)
+        drop_time = torch.where(row < last, torch.minimum(dropped, drop_time), drop_time)
+        stored = plan.end == last
+    else:
+        stored = row >= last
+    if new.real is not None:
+        stored &= new.real
+    interaction = gates[1] if gates is not None else None
+    cache.arrival = Arrival(interaction, new.step.masked_fill(~stored, -1), new.guard, drop_time)
+    return Hard(row) if bool((row < n).any()) else None
 
 
-def _seen_above(cache: PrunedCache, slots: Slots) -> Bool[Tensor, "batch queries slots"]:
-    """propagate_in_depth: which of this layer's keys each new query still sees in the layer above."""
-    assert cache.alive is not None, "the layer above has left what it sees"
-    place = slots.position.clamp(min=0)[:, None, :]
-    return cache.alive.gather(2, place.expand(-1, cache.alive.shape[1], -1))
+def _last_end(plan: Layout, real: Tensor | None) -> Int[Tensor, "batch 1"]:
+    """Where each row's last document ends; 0 for rows of padding alone."""
+    if real is None:
+        return plan.end[:, -1:]
+    return plan.end.masked_fill(~real, 0).amax(1, keepdim=True)
 
 
-def _remember_seen(
-    cache: PrunedCache,
-    slots: Slots,
-    position: Int[Tensor, "batch queries"],
-    seen: Bool[Tensor, "batch queries slots"],
-) -> None:
-    """For the layer below: True at every earlier position that each new query sees here."""
-    beyond = int(position.max()) + 1
-    alive = torch.zeros(*seen.shape[:2], beyond + 1, dtype=torch.bool, device=seen.device)
-    # Free slots write to a place of their own, behind all positions.
-    place = torch.where(slots.live(), slots.position, beyond)[:, None, :]
-    cache.alive = alive.scatter(2, place.expand_as(seen), seen)
+def _later_pass(
+    cache: PrunedCache, wrapper, gates: tuple[Tensor, Tensor, Tensor] | None, drop_time: Tensor | None
+) -> Cached:
+    """More tokens on top of the survivors."""
+    new, index = cache.new, wrapper.layer_idx
+    if index >= len(cache.held):  # a prompt longer than the cap: nothing is stored yet
+        interaction = gates[1] if gates is not None else None
+        cache.arrival = Arrival(interaction, torch.full_like(new.step, -1), new.guard, new.never)
+    elif (gates is not None) != cache.held[index].gated:
+        raise UserError("this cache was filled in another mode (hard or dense): start again with a new PrunedCache()")
+    drop_time = new.never if drop_time is None else drop_time
+    return Cached(cache, index, gates, new.step, new.guard, drop_time, wrapper.state.propagate_in_depth and index > 0)

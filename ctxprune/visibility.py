@@ -59,16 +59,22 @@ def layout(
 
 
 def lifetimes(
-    position: Int[Tensor, "batch n"], rule: Rule, sinks: int, recent: int, sliding_window: int | None
+    position: Int[Tensor, "batch n"],
+    rule: Rule,
+    sinks: int,
+    recent: int,
+    sliding_window: int | None,
+    pinned: Bool[Tensor, "batch n"] | None = None,
 ) -> Int[Tensor, "batch n"] | None:
     """How many queries see each key by position alone, itself included; None when every key lives for ever.
 
     sinks: first positions of a document that no rule drops; recent: queries after the key during which no rule drops
-    it; sliding_window: the model's own limit, which binds even them.
+    it; pinned: keys that no rule drops; sliding_window: the model's own limit, which binds even them.
     """
     life = rule.lifetime(position)
     if life is not None:
-        life = torch.where(position < sinks, FOREVER, life.clamp(min=recent + 1))
+        protected = position < sinks if pinned is None else (position < sinks) | pinned
+        life = torch.where(protected, FOREVER, life.clamp(min=recent + 1))
     if sliding_window is not None:
         own = torch.full_like(position, sliding_window)
         life = own if life is None else torch.minimum(life, own)
@@ -88,12 +94,15 @@ def ends(plan: Layout, life: Int[Tensor, "batch n"] | None) -> Int[Tensor, "batc
     return torch.where(plan.end >= n, by_age, torch.minimum(plan.end, by_age))
 
 
-def guards(position: Int[Tensor, "batch n"], sinks: int, recent: int) -> Int[Tensor, "batch n"] | None:
+def guards(
+    position: Int[Tensor, "batch n"], sinks: int, recent: int, pinned: Bool[Tensor, "batch n"] | None = None
+) -> Int[Tensor, "batch n"] | None:
     """First row whose gate may drop each key; None when that is simply the next row."""
-    if sinks == 0 and recent == 0:
+    if sinks == 0 and recent == 0 and pinned is None:
         return None
     column = torch.arange(position.shape[1], device=position.device)
-    return torch.where(position < sinks, FOREVER, column + 1 + recent)
+    protected = position < sinks if pinned is None else (position < sinks) | pinned
+    return torch.where(protected, FOREVER, column + 1 + recent)
 
 
 def visible_pairs(end: Int[Tensor, "batch n"]) -> Int[Tensor, " batch"]:

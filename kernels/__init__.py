@@ -25,6 +25,7 @@ __all__ = [
     "describe",
     "drop_time_attention",
     "drop_times",
+    "extend_attention",
     "log_survival",
     "pruned_attention",
 ]
@@ -161,28 +162,49 @@ def decode_attention(
     """
     times = {name: tensor for name, tensor in (("guard", guard), ("drop_time", drop_time)) if tensor is not None}
     checks.decode(query, key, value, interaction_query, interaction_key, beta, step, pages, **times)
-    step = step.to(torch.int32)
-    # A token sees itself: nothing drops it at its own step.
-    guard = step + 1 if guard is None else torch.maximum(guard.to(torch.int32), step + 1)
-    drop_time = (
-        torch.full_like(step, NEVER) if drop_time is None else torch.maximum(drop_time.to(torch.int32), step + 1)
-    )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    gates = (interaction_query, interaction_key, beta)
     return run(
-        "decode_attention",
-        impl,
-        query,
-        key,
-        value,
-        interaction_query,
-        interaction_key,
-        beta,
-        step,
-        guard,
-        drop_time,
-        pages,
-        scale,
+        "decode_attention", impl, query, key, value, *gates, *_from_the_next(step, guard, drop_time), pages, scale
     )
+
+
+def extend_attention(
+    query: Float[Tensor, "rows heads n width"],
+    key: Float[Tensor, "rows kv_heads n width"],
+    value: Float[Tensor, "rows kv_heads n width"],
+    interaction_query: Float[Tensor, "rows n rank"] | None,
+    interaction_key: Float[Tensor, "rows n rank"] | None,
+    beta: Float[Tensor, ""] | None,
+    step: Int[Tensor, "rows n"],
+    pages: Pages,
+    *,
+    guard: Int[Tensor, "rows n"] | None = None,
+    drop_time: Int[Tensor, "rows n"] | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "rows heads n width"]:
+    """Several more tokens per row, as that many calls of decode_attention, which says what the arguments are.
+
+    step: positions, rising within a row; negative for padding (its output is 0). Tokens take the next slots of their
+    rows, never free ones, and are stored even if a later one of the same call drops them. Raises ValueError where a row
+    has too few pages.
+    """
+    times = {name: tensor for name, tensor in (("guard", guard), ("drop_time", drop_time)) if tensor is not None}
+    checks.extend(query, key, value, interaction_query, interaction_key, beta, step, pages, **times)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    gates = (interaction_query, interaction_key, beta)
+    return run(
+        "extend_attention", impl, query, key, value, *gates, *_from_the_next(step, guard, drop_time), pages, scale
+    )
+
+
+def _from_the_next(step: Tensor, guard: Tensor | None, drop_time: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """In 32 bits: step; guard and drop time, at least the step after a token's own, since it always sees itself."""
+    step = step.to(torch.int32)
+    guard = step + 1 if guard is None else torch.maximum(guard.to(torch.int32), step + 1)
+    never = torch.full_like(step, NEVER)
+    return step, guard, never if drop_time is None else torch.maximum(drop_time.to(torch.int32), step + 1)
 
 
 def _defaults(guard: Tensor | None, end: Tensor | None, gates: Tensor) -> tuple[Tensor, Tensor]:

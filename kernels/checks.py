@@ -143,6 +143,35 @@ def decode(
     gates(interaction_query, interaction_key, beta)
 
 
+def extend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    interaction_query: Tensor | None,
+    interaction_key: Tensor | None,
+    beta: Tensor | None,
+    step: Tensor,
+    pages: Pages,
+    **times: Tensor,
+) -> None:
+    """Several tokens per row: what decode asks of each of them."""
+    n = query.shape[2] if query.ndim == 4 else 0
+    if n < 1:
+        raise ValueError(f"query has shape {tuple(query.shape)}; want (rows, heads, n, width) with n of at least 1")
+    for name, tensor, axis in (
+        *(("key", key, 2), ("value", value, 2), ("step", step, 1)),
+        *((name, tensor, 1) for name, tensor in times.items()),
+        *(("interaction_query", interaction_query, 1), ("interaction_key", interaction_key, 1)),
+    ):
+        if tensor is not None and (tensor.ndim <= axis or tensor.shape[axis] != n):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; want {n} tokens in axis {axis}, as query has")
+    gate_query = None if interaction_query is None else interaction_query[:, 0]
+    gate_key = None if interaction_key is None else interaction_key[:, 0]
+    first = {name: tensor[:, 0] for name, tensor in times.items()}
+    token = (query[:, :, 0], key[:, :, 0], value[:, :, 0], gate_query, gate_key, beta, step[:, 0])
+    decode(*token, pages, **first)
+
+
 def heads(query: Tensor, key: Tensor) -> None:
     """Every key/value head serves the same number of query heads."""
     if query.shape[1] % key.shape[1]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import agreement, checks
 from kernels.decode import reference as decode_reference
+from kernels.decode import torch_extend
 from kernels.decode import torch_path as decode_torch
 from kernels.hard_attention import reference as hard_reference
 from kernels.hard_attention import torch_path as hard_torch
@@ -82,6 +83,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "torch": decode_torch.decode_attention,
         "triton": _triton_decode_attention,
     },
+    "extend_attention": {
+        "reference": decode_reference.extend_attention,
+        "torch": torch_extend.extend_attention,
+    },
 }
 
 
@@ -92,7 +97,7 @@ def run(operation: str, impl: Impl, *arguments: Any) -> Any:
     """
     available = IMPLEMENTATIONS[operation]
     if impl == "auto":
-        if _is_on_a_gpu(arguments[0]) and agreement.agrees(operation, *_kind(arguments)):
+        if "triton" in available and _is_on_a_gpu(arguments[0]) and agreement.agrees(operation, *_kind(arguments)):
             try:
                 return available["triton"](*arguments)
             except checks.Refused:  # a type or a width that Triton does not take: torch takes all

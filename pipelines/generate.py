@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def main(config: Config, overrides: list[str]) -> int:
     words = tokenizer.load_tokenizer(str(folder))
     ids = words.encode(asked.prompt, add_special_tokens=False)
     prompt = torch.tensor([tokenizer.document_start_id(words), *ids])
-    model = ctxprune.load(folder)
+    model, counted = ctxprune.load(folder), itertools.count(1)
     with Bars() as bars, bars.task("tokens", asked.max_new_tokens) as advance:
         written = ctxprune.generate(
             model,
@@ -32,7 +33,7 @@ def main(config: Config, overrides: list[str]) -> int:
             top_p=asked.top_p,
             seed=asked.seed,
             eos_token_id=words.eos_token_id,
-            on_token=lambda step: advance(step + 1),
+            on_token=lambda row, token: advance(next(counted)),
         )
     text = words.decode(written.tokens[0].tolist(), skip_special_tokens=True)
     seen = len(prompt) + len(written.tokens[0]) - 1

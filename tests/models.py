@@ -109,9 +109,8 @@ def disagreement(model, ids: Tensor, chunks: list[int], *, positions: bool = Tru
     wrong, worst = 0, 0.0
     for fed, cache, logits in decode(model, ids, chunks, positions=positions):
         worst = max(worst, (logits - whole[:, fed - logits.shape[1] : fed]).abs().max().item())
-        for layer, slots in enumerate(cache.slots):
-            for row in range(ids.shape[0]):
-                held = sorted(p for p in slots.position[row].tolist() if p >= 0)
+        for layer, held_here in enumerate(cache.positions()):
+            for row, held in enumerate(held_here):
                 wanted = [j for j in range(fed) if taken.drop_time[layer, row, j] >= fed]
                 wrong += held != wanted
     return wrong, worst

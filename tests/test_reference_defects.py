@@ -196,11 +196,12 @@ def test_training_has_no_loop_over_tokens_and_waits_for_no_layer():
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_decoding_step_waits_at_most_once_per_layer():
     """Defect: Python loop per token and 2-5 host syncs per layer and step."""
-    model, ids = gated(), tokens(8, 41)
+    model, ids = gated(), tokens(8, 42)
     cache = ctxprune.PrunedCache()
     with torch.no_grad():
         model(ids[:, :40], past_key_values=cache, use_cache=True)
-        step = counted(lambda: model(ids[:, 40:], past_key_values=cache, use_cache=True))
+        model(ids[:, 40:41], past_key_values=cache, use_cache=True)  # looks how many more tokens its pages take
+        step = counted(lambda: model(ids[:, 41:], past_key_values=cache, use_cache=True))
         whole = counted(lambda: model(ids, use_cache=False))
         original = counted(lambda: small_model()(ids, use_cache=False))
     assert 0 < step.reads <= LAYERS
@@ -209,23 +210,24 @@ def test_a_decoding_step_waits_at_most_once_per_layer():
 
 def test_capacity_shrinks():
     """Defect: capacity never shrank."""
-    model, ids = gated(), tokens(2, 61)
+    model, ids = gated(), tokens(2, 97)
     for wrapper in wrappers(model):
         wrapper.rule.gate.beta.data.fill_(1e4)
-    *_, (_, cache, _) = decode(model, ids[:, :60], [60])
-    full = cache.allocated_bytes()
-    for wrapper in wrappers(model):
-        wrapper.rule.gate.beta.data.fill_(-1e4)
+    cache = ctxprune.PrunedCache(page=16)
     with torch.no_grad():
-        model(ids[:, 60:], past_key_values=cache, use_cache=True)
+        model(ids[:, :96], past_key_values=cache, use_cache=True)
+        full = cache.allocated_bytes()
+        for wrapper in wrappers(model):
+            wrapper.rule.gate.beta.data.fill_(-1e4)
+        model(ids[:, 96:], past_key_values=cache, use_cache=True)
     cache.shrink()
-    assert cache.allocated_bytes() * 60 == full
+    assert cache.allocated_bytes() * 6 == full  # one page of six
 
 
 def test_a_row_that_ends_takes_its_cost_with_it():
     """Defect: cost followed the longest row of the batch."""
     model = gated(beta=1e4)
-    cache = ctxprune.PrunedCache()
+    cache = ctxprune.PrunedCache(page=16)
     ids, real = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
     real[1, :55] = 0
     with torch.no_grad():
@@ -234,7 +236,7 @@ def test_a_row_that_ends_takes_its_cost_with_it():
     assert cache.live_tokens().unique(dim=0).tolist() == [[60, 5]]
     before = cache.allocated_bytes()
     cache.select(torch.tensor([1]))
-    assert cache.allocated_bytes() * 24 == before  # half of the rows, a twelfth of the slots
+    assert cache.allocated_bytes() * 5 == before  # four pages for 60 tokens, one for 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

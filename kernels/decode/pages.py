@@ -18,13 +18,34 @@ PAGE_SIZES = (16, 32, 64, 128)
 """Slots per page that the kernels take: one tile."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """The pages that rows use, for a step that computes them all at once. pages: which of the pool, a slice where they
+    are its first ones; row, rank: (pages,) whose each is, and its place in that row's table."""
+
+    pages: slice | Tensor
+    row: Tensor
+    rank: Tensor
+
+
+def order_of(table: Tensor) -> Order:
+    """The pages in a table (rows, most), in the order of the pool."""
+    most = table.shape[1]
+    place = (table.flatten() >= 0).nonzero().squeeze(1)
+    pages, order = table.flatten()[place].long().sort()
+    place = place[order]
+    first = torch.equal(pages, torch.arange(len(pages), device=table.device))
+    return Order(slice(0, len(pages)) if first else pages, place // most, place % most)
+
+
 @dataclass
 class Pages:
     """One layer's pool, and the rows (sequences) that use it. A slot is live at step t iff t < its drop time.
 
     keys, values: (pages, kv_heads, page, width). interaction: (pages, page, rank), or None without gates.
     drop_time: (pages, page) int32, 0 where nothing was ever stored. guard: (pages, page) int32, the first step whose
-    gate may drop the key. table: (rows, most) int32, a row's pages in order, -1 behind the last. used: (rows,) int32,
+    gate may drop the key. position: (pages, page) int32, the step of the key's own token, -1 where nothing was ever
+    stored. table: (rows, most) int32, a row's pages in order, -1 behind the last. used: (rows,) int32,
     slots of the row that were ever taken. free: (rows,) int32, one of those that is free again, or -1. refused: (rows,)
     int32, tokens that found no room.
     """
@@ -34,10 +55,14 @@ class Pages:
     interaction: Tensor | None
     drop_time: Tensor
     guard: Tensor
+    position: Tensor
     table: Tensor
     used: Tensor
     free: Tensor
     refused: Tensor
+    order: Order | None = None
+    """What `order_of(table)` says, kept by whoever gives out pages so that no step need find it again; None: found at
+    every step."""
 
     @staticmethod
     def empty(
@@ -71,11 +96,45 @@ class Pages:
             interaction=None if rank is None else numbers(pages, page, rank),
             drop_time=integers(pages, page),
             guard=integers(pages, page),
+            position=integers(pages, page, value=-1),
             table=integers(rows, most, value=-1),
             used=integers(rows),
             free=integers(rows, value=-1),
             refused=integers(rows),
         )
+
+    def store(
+        self,
+        key: Tensor,
+        value: Tensor,
+        interaction_key: Tensor | None,
+        step: Tensor,
+        guard: Tensor,
+        drop_time: Tensor,
+    ) -> None:
+        """Write tokens into the next slots of their rows, in their order: key, value (rows, kv_heads, n, width),
+        interaction_key (rows, n, rank), the others (rows, n) int32; those of negative step are left out.
+
+        Raises ValueError, before anything is written, where a row has too few pages.
+        """
+        real, most = step >= 0, self.table.shape[1]
+        slot, used = self.used[:, None] + real.cumsum(1) - 1, self.used + real.sum(1)
+        page = self.table.gather(1, (slot // self.page).clamp_(0, most - 1))
+        if bool((used > most * self.page).any()) or bool((page[real] < 0).any()):
+            raise ValueError("pages: a row has no room for its tokens; give it more pages")
+        row, column = real.nonzero(as_tuple=True)
+        page, place = page[real].long(), slot[real] % self.page
+        self.keys[page, :, place] = key[row, :, column].to(self.keys.dtype)
+        self.values[page, :, place] = value[row, :, column].to(self.values.dtype)
+        self.guard[page, place], self.drop_time[page, place] = guard[real], drop_time[real]
+        self.position[page, place] = step[real]
+        if interaction_key is not None and self.interaction is not None:
+            self.interaction[page, place] = interaction_key[real].to(self.interaction.dtype)
+        self.used.copy_(used)
+
+    def clear(self, pages: Tensor) -> None:
+        """Forget what these pages (indices) held: what a page needs before it is given to another row."""
+        self.drop_time[pages], self.guard[pages], self.position[pages] = 0, 0, -1
 
     @property
     def page(self) -> int:

@@ -38,6 +38,7 @@ def decode_attention(
         page, place = int(pages.table[row, slot // pages.page]), slot % pages.page
         pages.keys[page, :, place], pages.values[page, :, place] = key[row], value[row]
         pages.guard[page, place], pages.drop_time[page, place] = guard[row], drop_time[row]
+        pages.position[page, place] = now
         if interaction_key is not None and pages.interaction is not None:
             pages.interaction[page, place] = interaction_key[row]
         logits, values, pages.free[row] = [], [], -1
@@ -57,3 +58,28 @@ def decode_attention(
         weights = torch.softmax(torch.stack(logits), 0)
         output[row] = (weights[..., None] * torch.stack(values)).sum(0)
     return output
+
+
+def extend_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    interaction_query: Tensor | None,
+    interaction_key: Tensor | None,
+    beta: Tensor | None,
+    step: Tensor,
+    guard: Tensor,
+    drop_time: Tensor,
+    pages: Pages,
+    scale: float,
+) -> Tensor:
+    """Arguments and result as kernels.extend_attention: one token after the other."""
+    outputs = []
+    for i in range(query.shape[2]):
+        gate_query = None if interaction_query is None else interaction_query[:, i]
+        gate_key = None if interaction_key is None else interaction_key[:, i]
+        pages.free.fill_(-1)  # a token takes the next slot, not one that is free
+        token = (query[:, :, i], key[:, :, i], value[:, :, i], gate_query, gate_key, beta)
+        outputs.append(decode_attention(*token, step[:, i], guard[:, i], drop_time[:, i], pages, scale))
+    pages.free.fill_(-1)
+    return torch.stack(outputs, 2)

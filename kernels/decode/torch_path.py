@@ -1,5 +1,5 @@
-"""How does one decoding step run on any device? All rows at once over copies of their pages while these are small, else
-row by row over the row's own pages, read where they lie."""
+"""How does one decoding step run on any device? All rows' pages at once, as they lie in the pool: each page is one
+matrix, and what belongs to one row is summed after its softmax, so that neither gaps nor ragged rows cost a copy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.decode.pages import Pages
-
-TOGETHER = 1 << 16
-"""Numbers (keys and values of a row) up to which copying them costs less than a row's own calls (2 cores: 32 rows of
-4,000 numbers 0.4 ms together, 3.3 ms one by one; 8 rows of 200,000 numbers the other way round)."""
+from kernels.decode.pages import Order, Pages, order_of
 
 
 def decode_attention(
@@ -29,109 +25,81 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     """Arguments and result as kernels.decode_attention."""
-    longest = -(-int(pages.used.max() + 1) // pages.page)
-    if 2 * longest * pages.keys[0].numel() <= TOGETHER:
-        return _together(
-            query, key, value, interaction_query, interaction_key, beta, step, guard, drop_time, pages, scale
-        )
-    output = torch.zeros(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
-    rows = zip(step.tolist(), pages.free.tolist(), pages.used.tolist(), strict=True)
-    for row, (now, free, used) in enumerate(rows):
-        if now < 0:
-            continue
-        slot = free if free >= 0 else used
-        filled = max(used, slot + 1)
-        mine = pages.table[row, : -(-filled // pages.page)].long()
-        if filled > pages.table.shape[1] * pages.page or mine[-1] < 0:
-            pages.refused[row] += 1
-            output[row] = torch.nan
-            continue
-        page, place = mine[slot // pages.page], slot % pages.page
-        pages.keys[page, :, place] = key[row].to(pages.keys.dtype)
-        pages.values[page, :, place] = value[row].to(pages.values.dtype)
-        pages.guard[page, place], pages.drop_time[page, place] = guard[row], drop_time[row]
-        if interaction_key is not None and pages.interaction is not None:
-            pages.interaction[page, place] = interaction_key[row].to(pages.interaction.dtype)
-        pages.used[row] = filled
-        own = _where(mine)
-        live = _outlive(pages, own, now, filled, None if interaction_query is None else interaction_query[row], beta)
-        pages.free[row] = -1 if bool(live.all()) else int(live.to(torch.uint8).argmin())
-        output[row] = _attend(query[row], pages.keys[own], pages.values[own], live, scale)
-    return output
+    order = order_of(pages.table) if pages.order is None else pages.order
+    stored, everywhere = _store(key, value, interaction_key, step, guard, drop_time, pages)
+    now = step[order.row][:, None]
+    times = pages.drop_time[order.pages]
+    if interaction_query is not None and pages.interaction is not None and beta is not None:
+        x = _logits(pages.interaction[order.pages], interaction_query[order.row], beta)
+        dropped = (x <= 0) & (pages.guard[order.pages] <= now)
+        times = torch.where(dropped, torch.minimum(times, now), times)
+        pages.drop_time[order.pages] = times
+    live = times > now
+    _find_free(pages, order, live, stored)
+    output = attend(query[:, :, None], pages, order, live[:, None], scale).squeeze(2)
+    if everywhere:
+        return output
+    # An idle row has nothing to say; one without room must not go unnoticed.
+    silent, lost = (step < 0)[:, None, None], ((step >= 0) & ~stored)[:, None, None]
+    return output.masked_fill(silent, 0.0).masked_fill(lost, torch.nan)
 
 
-def _together(
-    query, key, value, interaction_query, interaction_key, beta, step, guard, drop_time, pages: Pages, scale: float
-) -> Tensor:
-    """The same for all rows at once."""
-    row, most = torch.arange(len(query), device=query.device), pages.table.shape[1]
+def _store(key, value, interaction_key, step, guard, drop_time, pages: Pages) -> tuple[Tensor, bool]:
+    """Write each row's token into its free slot, else its next one; (rows,) True where there was one, and whether there
+    was one in every row."""
+    most = pages.table.shape[1]
     slot = torch.where(pages.free >= 0, pages.free, pages.used).long()
-    page = pages.table[row, (slot // pages.page).clamp(max=most - 1)].long()
-    room, arrives = (slot < most * pages.page) & (page >= 0), step >= 0
-    pages.refused += (arrives & ~room).to(torch.int32)
-    stored = arrives & room
-    page, place = page[stored], slot[stored] % pages.page
-    pages.keys[page, :, place] = key[stored].to(pages.keys.dtype)
-    pages.values[page, :, place] = value[stored].to(pages.values.dtype)
-    pages.guard[page, place], pages.drop_time[page, place] = guard[stored], drop_time[stored]
+    page = pages.table.gather(1, (slot // pages.page).clamp_(max=most - 1)[:, None]).squeeze(1).long()
+    place, arrives = slot % pages.page, step >= 0
+    stored = arrives & (page >= 0) & (slot < most * pages.page)
+    everywhere = bool(stored.all())
+    if not everywhere:
+        pages.refused += (arrives & ~stored).to(torch.int32)
+        page, place, slot = page[stored], place[stored], slot[stored]
+        key, value, step, guard, drop_time = (t[stored] for t in (key, value, step, guard, drop_time))
+        interaction_key = None if interaction_key is None else interaction_key[stored]
+        pages.used[stored] = torch.maximum(pages.used[stored], (slot + 1).to(torch.int32))
+    else:
+        pages.used.copy_(torch.maximum(pages.used, slot + 1))
+    pages.keys[page, :, place] = key.to(pages.keys.dtype)
+    pages.values[page, :, place] = value.to(pages.values.dtype)
+    pages.guard[page, place], pages.drop_time[page, place], pages.position[page, place] = guard, drop_time, step
     if interaction_key is not None and pages.interaction is not None:
-        pages.interaction[page, place] = interaction_key[stored].to(pages.interaction.dtype)
-    filled = torch.where(stored, torch.maximum(pages.used, slot + 1), pages.used).to(torch.int32)
-    pages.used.copy_(filled)
-    mine = pages.table[:, : max(1, -(-int(filled.max()) // pages.page))].long()
-    own, theirs = mine.clamp(min=0), (mine >= 0) & stored[:, None]
-    times, now = pages.drop_time[own], step[:, None, None]
-    if interaction_query is not None and pages.interaction is not None:
-        x = _logits(pages.interaction[own], interaction_query[:, None, :, None], beta)
-        times = torch.where((x <= 0) & (pages.guard[own] <= now) & (times > now), now, times)
-        pages.drop_time[mine[theirs]] = times[theirs]
-    taken = torch.arange(own.shape[1] * pages.page, device=query.device) < filled[:, None]
-    live = taken & (times.flatten(1) > step[:, None])
-    gone = taken & ~live
-    first = torch.where(gone.any(1), gone.to(torch.uint8).argmax(1), -1).to(torch.int32)
-    pages.free.copy_(torch.where(stored, first, pages.free))
-    keys, values = (tensor[own].transpose(1, 2).flatten(2, 3) for tensor in (pages.keys, pages.values))
-    work = torch.promote_types(query.dtype, keys.dtype)
-    grouped = (query.to(work) * scale).unflatten(1, (keys.shape[1], -1))
-    logits = (grouped @ keys.to(work).transpose(2, 3)).masked_fill_(~live[:, None, None], -torch.inf)
-    seen = (torch.softmax(logits, -1) @ values.to(work)).flatten(1, 2).to(query.dtype)
-    return seen.masked_fill(~arrives[:, None, None], 0.0).masked_fill((arrives & ~room)[:, None, None], torch.nan)
+        pages.interaction[page, place] = interaction_key.to(pages.interaction.dtype)
+    return stored, everywhere
+
+
+def _find_free(pages: Pages, order: Order, live: Tensor, stored: Tensor) -> None:
+    """The first slot of each row that is not alive and was taken before, or -1."""
+    none = pages.table.shape[1] * pages.page
+    first = torch.where(live.all(1), none, order.rank * pages.page + live.to(torch.uint8).argmin(1))
+    found = torch.full_like(pages.free, none, dtype=torch.long).scatter_reduce_(0, order.row, first, "amin")
+    found = torch.where(found < pages.used, found, -1).to(torch.int32)
+    pages.free.copy_(torch.where(stored, found, pages.free))
 
 
 def _logits(gate_keys: Tensor, gate_query: Tensor, beta: Tensor) -> Tensor:
-    """x = ik . iq / sqrt(rank) + beta; gate_keys (..., rank), gate_query (..., rank, 1)."""
+    """x = ik . iq / sqrt(rank) + beta; gate_keys (pages, page, rank), gate_query (pages, rank) -> (pages, page)."""
     work = torch.float64 if gate_query.dtype == torch.float64 else torch.float32
-    scale = 1.0 / math.sqrt(gate_query.shape[-2])
-    return (gate_keys.to(work) @ gate_query.to(work)).squeeze(-1) * scale + beta.to(work)
+    scale = 1.0 / math.sqrt(gate_query.shape[-1])
+    return torch.bmm(gate_keys.to(work), gate_query.to(work).mul(scale)[:, :, None]).squeeze(-1) + beta.to(work)
 
 
-def _where(mine: Tensor) -> slice | Tensor:
-    """A row's pages: a slice, which copies nothing, when they lie one behind the other."""
-    first = int(mine[0])
-    follow = torch.arange(first, first + len(mine), device=mine.device)
-    return slice(first, first + len(mine)) if torch.equal(mine, follow) else mine
-
-
-def _outlive(
-    pages: Pages, own: slice | Tensor, now: int, filled: int, interaction_query: Tensor | None, beta: Tensor | None
-) -> Tensor:
-    """Which of a row's `filled` slots its query sees, (filled,), after its gates have dropped what they drop."""
-    times = pages.drop_time[own]
-    if interaction_query is not None and pages.interaction is not None and beta is not None:
-        x = _logits(pages.interaction[own], interaction_query[:, None], beta)
-        times = torch.where((x <= 0) & (pages.guard[own] <= now) & (times > now), now, times)
-        pages.drop_time[own] = times
-    return times.view(-1)[:filled] > now
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, live: Tensor, scale: float) -> Tensor:
-    """One query (heads, width) over pages (pages, kv_heads, page, width) as they lie; live: (filled,)."""
-    count, kv_heads, page, width = keys.shape
-    work = torch.promote_types(query.dtype, keys.dtype)
-    grouped = (query.to(work) * scale).view(1, kv_heads, -1, width)
-    logits = (grouped @ keys.to(work).transpose(2, 3)).permute(1, 2, 0, 3).reshape(kv_heads, -1, count * page)
-    hidden = torch.ones(count * page, dtype=torch.bool, device=live.device)
-    hidden[: len(live)] = ~live
-    weights = torch.softmax(logits.masked_fill_(hidden, -torch.inf), -1)
-    weights = weights.view(kv_heads, -1, count, page).permute(2, 0, 1, 3)
-    return (weights @ values.to(work)).sum(0).view(-1, values.shape[-1])
+def attend(query: Tensor, pages: Pages, order: Order, seen: Tensor, scale: float) -> Tensor:
+    """Queries (rows, heads, n, width), each over the slots that it sees, (pages, n, page), of its row's pages. A query
+    that sees nothing gets NaN."""
+    keys, values = pages.keys[order.pages], pages.values[order.pages]
+    kv_heads, n, work = keys.shape[1], query.shape[2], torch.promote_types(query.dtype, keys.dtype)
+    exact = torch.promote_types(work, torch.float32)
+    grouped = (query.to(work) * scale).unflatten(1, (kv_heads, -1))
+    heads = grouped.shape[1:3]
+    logits = torch.matmul(grouped[order.row].flatten(2, 3), keys.to(work).transpose(2, 3)).to(exact)
+    logits = logits.unflatten(2, (-1, n)).masked_fill_(~seen[:, None, None], -torch.inf)
+    # Softmax over all pages of a row: its largest logit, the sum of the weights, the weighted values.
+    top, row = logits.amax(-1), order.row.view(-1, 1, 1, 1).expand(logits.shape[:4])
+    largest = top.new_full((len(query), *heads, n), -torch.inf).scatter_reduce_(0, row, top, "amax")
+    weights = logits.sub_(largest[order.row][..., None]).exp_()
+    total = weights.new_zeros(largest.shape).index_add_(0, order.row, weights.sum(-1))
+    part = torch.matmul(weights.flatten(2, 3).to(work), values.to(work)).to(exact).unflatten(2, (-1, n))
+    output = part.new_zeros(*largest.shape, values.shape[-1]).index_add_(0, order.row, part)
+    return (output / total[..., None]).flatten(1, 2).to(query.dtype)

@@ -89,7 +89,7 @@ def decode_attention(
     with on_device(query):
         store_kernel[(kv_heads, rows)](
             key, value, gate_key, step, guard, drop_time, pages.keys, pages.values, gate_keys, pages.drop_time,
-            pages.guard, *state, pages.refused, kv_heads, most, **widths, **ranks, num_warps=1,
+            pages.guard, pages.position, *state, pages.refused, kv_heads, most, **widths, **ranks, num_warps=1,
         )  # fmt: skip
         split_kernel[(splits, kv_heads, rows)](
             query, gate_query, offset, step, pages.keys, pages.values, gate_keys, pages.drop_time, pages.guard,
@@ -155,7 +155,7 @@ def _shipped(width: int, rank: int | None, dtype: torch.dtype, page: int, usual:
     sums = dict.fromkeys(("split_top", "split_sum", "split_seen"), "*fp32")
     store = {
         **dict.fromkeys(("key", "value", "interaction_key", "keys", "values", "interactions"), pointer),
-        **dict.fromkeys((*integers, "guard", "drop_time", "refused"), "*i32"),
+        **dict.fromkeys((*integers, "guard", "drop_time", "positions", "refused"), "*i32"),
         **dict.fromkeys(("kv_heads", "most"), "i32"),
     }
     split = {

@@ -36,6 +36,7 @@ def store_kernel(
     interactions,
     drop_times,
     guards,
+    positions,
     table,
     used,
     free,
@@ -51,7 +52,8 @@ def store_kernel(
 ):
     """Store each row's token in its slot. Grid: key/value heads x rows. key, value (rows, kv_heads, WIDTH)."""
     head, row = tl.program_id(0), tl.program_id(1)
-    if tl.load(step + row) >= 0:
+    now = tl.load(step + row)
+    if now >= 0:
         slot, page, _ = _slot(used, free, table, most, row, PAGE)
         if page >= 0:
             place = page.to(tl.int64) * PAGE + slot % PAGE
@@ -63,6 +65,7 @@ def store_kernel(
             if head == 0:
                 tl.store(guards + place, tl.load(guard + row))
                 tl.store(drop_times + place, tl.load(drop_time + row))
+                tl.store(positions + place, now)
                 if GATED:
                     number = tl.arange(0, PADDED_RANK)
                     gate = tl.load(interaction_key + row * RANK + number, mask=number < RANK)

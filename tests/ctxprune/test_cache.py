@@ -8,8 +8,9 @@ import transformers as tf
 
 import ctxprune
 from ctxprune import PrunedCache
-from ctxprune.cache import EMPTY, Slots, compact
+from ctxprune.layer_cache import STORED, LayerCache
 from ctxprune.retrofitting import wrappers
+from kernels.decode.pages import NEVER
 from tests.models import LAYERS, decode, gated, small_model, tokens
 
 PER_TOKEN = (2 * 2 * 8 + 4) * 4
@@ -30,6 +31,12 @@ def set_beta(model, value: float) -> None:
         wrapper.rule.gate.beta.data.fill_(value)
 
 
+def bytes_of(cache: PrunedCache) -> int:
+    """Of all that the pages are made of."""
+    buffers = [getattr(layer.pages, name) for layer in cache.held for name in STORED]
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
+
+
 def test_live_bytes_count_keys_values_and_interaction_keys_of_survivors_alone():
     model, ids = gated(), tokens(2, 30)
     cache = after(model, ids, steps(10, 30))
@@ -37,64 +44,125 @@ def test_live_bytes_count_keys_values_and_interaction_keys_of_survivors_alone():
     survivors = int((times >= 30).sum())
     assert cache.live_tokens().tolist() == (times >= 30).sum(2).tolist()
     assert cache.live_bytes() == survivors * PER_TOKEN
-    held = sum(t.numel() * 4 for s in cache.slots for t in (s.keys, s.values, s.interaction))
-    assert cache.allocated_bytes() == held >= cache.live_bytes()
+    assert cache.allocated_bytes() == bytes_of(cache) >= cache.used_bytes() >= cache.live_bytes()
 
 
-def test_a_prompt_takes_only_the_room_of_its_survivors():
-    model, ids = gated(), tokens(2, 40)
-    cache = after(model, ids, [40])
-    survivors = (ctxprune.drop_times(model, ids).drop_time >= 40).sum(2)
-    assert [slots.position.shape[1] for slots in cache.slots] == survivors.max(1).values.tolist()
-    assert cache.get_seq_length() == 40
+@pytest.mark.parametrize("page", [16, 32])
+def test_a_prompt_takes_only_the_pages_of_its_survivors(page):
+    model, ids = gated(), tokens(2, 100)
+    cache = PrunedCache(page=page)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    survivors = (ctxprune.drop_times(model, ids).drop_time >= 100).sum(2)
+    assert [layer.in_use for layer in cache.held] == (-(-survivors // page)).sum(1).tolist()
+    assert cache.get_seq_length() == 100
 
 
 def test_slots_are_reused_when_every_token_drops():
     model, ids = gated(), tokens(2, 60)
     set_beta(model, -1e4)
-    sizes = [cache.allocated_bytes() for _, cache, _ in decode(model, ids, steps(10, 60))]
-    assert set(sizes) == {LAYERS * 2 * PER_TOKEN}
-    cache = after(model, ids, steps(10, 60))
+    for _, cache, _ in decode(model, ids, steps(10, 60)):
+        assert all(layer.in_use == 2 and (layer.pages.used <= 2).all() for layer in cache.held)
     assert cache.live_tokens().unique().tolist() == [1]
 
 
 def test_capacity_shrinks_after_a_wave_of_drops():
-    model, ids = gated(), tokens(2, 60)
+    model, ids = gated(), tokens(2, 128)
     set_beta(model, 1e4)
-    cache = after(model, ids[:, :50], [50])
-    full = cache.allocated_bytes()
-    set_beta(model, -1e4)
+    cache = PrunedCache(page=16)
     with torch.no_grad():
-        model(ids[:, 50:51], past_key_values=cache, use_cache=True)
-    assert cache.allocated_bytes() == full
-    cache.shrink()
-    assert cache.allocated_bytes() == LAYERS * 2 * PER_TOKEN
-    with torch.no_grad():
-        model(ids[:, 51:52], past_key_values=cache, use_cache=True)
+        model(ids[:, :120], past_key_values=cache, use_cache=True)
+        assert [layer.in_use for layer in cache.held] == [16] * LAYERS
+        set_beta(model, -1e4)
+        model(ids[:, 120:121], past_key_values=cache, use_cache=True)
+        full = cache.allocated_bytes()
+        cache.shrink()
+        assert [layer.in_use for layer in cache.held] == [2] * LAYERS
+        assert cache.allocated_bytes() == bytes_of(cache) == full // 8
+        model(ids[:, 121:122], past_key_values=cache, use_cache=True)
     assert cache.live_tokens().unique().tolist() == [1]
 
 
 def test_shrinking_changes_no_logit():
-    model, ids = gated().double(), tokens(2, 40)
-    kept = after(model, ids[:, :30], [30])
-    shrunk = after(model, ids[:, :30], [30])
-    shrunk.slots = [compact(slots) for slots in shrunk.slots]
+    model, ids = gated().double(), tokens(3, 110)
+    kept, shrunk = PrunedCache(page=16), PrunedCache(page=16)
     with torch.no_grad():
-        for step in range(30, 40):
+        for cache in (kept, shrunk):
+            model(ids[:, :90], past_key_values=cache, use_cache=True)
+        for step in range(90, 110):
             inputs = ids[:, step : step + 1]
             one = model(inputs, past_key_values=kept, use_cache=True).logits
             two = model(inputs, past_key_values=shrunk, use_cache=True).logits
-            shrunk.slots = [compact(slots) for slots in shrunk.slots]
+            shrunk.shrink(0.0)
             torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+            assert kept.positions() == shrunk.positions()
 
 
-def test_compacting_keeps_every_live_token_and_its_numbers():
-    position = torch.tensor([[EMPTY, 4, EMPTY, 2], [0, EMPTY, EMPTY, EMPTY]])
-    keys = torch.arange(2 * 1 * 4 * 2.0).view(2, 1, 4, 2)
-    slots = compact(Slots(keys, keys + 0.5, None, position, None))
-    assert slots.position.tolist() == [[4, 2], [0, EMPTY]]
-    assert torch.equal(slots.keys[0, 0], keys[0, 0, [1, 3]]) and torch.equal(slots.keys[1, 0, 0], keys[1, 0, 0])
-    assert torch.equal(slots.values[:, :, 0], slots.keys[:, :, 0] + 0.5)
+def layer_of(rows: list[int], page: int = 16) -> LayerCache:
+    """Rows of that many tokens, whose every number is its position, plus 1000 times its row."""
+    layer = LayerCache(len(rows), kv_heads=1, width=2, rank=3, page=page)
+    add(layer, rows)
+    return layer
+
+
+def add(layer: LayerCache, tokens: list[int]) -> None:
+    longest = max(tokens)
+    first = torch.tensor([len(row) for row in layer.positions(torch.full((layer.rows,), -1))])[:, None]
+    column = torch.arange(longest).expand(len(tokens), -1)
+    step = torch.where(column < torch.tensor(tokens)[:, None], first + column, -1).int()
+    number = (step + 1000 * torch.arange(len(tokens))[:, None]).float()
+    layer.make_room_for(torch.tensor(tokens))
+    key = number[:, None, :, None].expand(-1, 1, -1, 2)
+    layer.pages.store(key, -key, number[..., None].expand(-1, -1, 3), step, step + 1, torch.full_like(step, NEVER))
+
+
+def whole(layer: LayerCache, rows: list[int], step: torch.Tensor | None = None) -> bool:
+    """Whether each row holds keys, values and interaction keys of its own positions and nothing else (rows: which row
+    each was)."""
+    table, pages, good = layer.pages.table.tolist(), layer.pages, True
+    step = torch.full((len(rows),), 0) if step is None else step
+    for place, row in enumerate(rows):
+        for page in (page for page in table[place] if page >= 0):
+            alive = pages.drop_time[page] > step[place]
+            number = pages.position[page][alive] + 1000 * row
+            good &= bool((pages.keys[page, 0][alive] == number[:, None]).all())
+            good &= bool((pages.values[page, 0][alive] == -number[:, None]).all())
+            good &= bool((pages.interaction[page][alive] == number[:, None]).all())
+    used = [page for row in table for page in row if page >= 0]
+    return good and sorted(used) == list(range(layer.in_use))
+
+
+def test_rows_keep_their_numbers_whatever_moves():
+    """Random lives: rows grow, keys drop, rows are compacted, selected, doubled and joined, pages never shared."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(high: int, count: int) -> list[int]:
+        return torch.randint(0, high, (count,), generator=generator).tolist()
+
+    for _ in range(20):
+        layer, rows = layer_of(random(60, 4)), [0, 1, 2, 3]
+        assert whole(layer, rows)
+        for action in random(4, 6):
+            if action == 0:
+                order = layer.pages.order
+                gone = torch.rand(layer.pages.drop_time[order.pages].shape, generator=generator) < 0.6
+                layer.pages.drop_time[order.pages] = layer.pages.drop_time[order.pages].masked_fill(gone, 0)
+            elif action == 1:
+                before = layer.positions(torch.zeros(len(rows)))
+                layer.compact(torch.zeros(len(rows)))
+                assert layer.positions(torch.zeros(len(rows))) == before
+                assert layer.in_use == sum(-(-len(row) // 16) for row in before)
+            elif action == 2:
+                chosen = random(len(rows), 3)
+                layer.select(torch.tensor(chosen))
+                rows = [rows[place] for place in chosen]
+            else:
+                other = layer_of(random(40, 2))
+                layer.absorb(other)
+                rows = [*rows, 0, 1]
+            assert whole(layer, rows)
+        layer.select(torch.tensor([], dtype=torch.long))
+        assert layer.in_use == 0 and layer.allocated_bytes() == layer.page_bytes()
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -105,7 +173,7 @@ def test_selected_rows_go_on_as_if_alone(dense):
         together, alone = after(model, ids[:, :20], [20]), after(model, ids[[2, 0], :20], [20])
         together.select(torch.tensor([2, 0]))
         assert torch.equal(together.live_tokens(), alone.live_tokens())
-        assert together.allocated_bytes() == alone.allocated_bytes()
+        assert together.used_bytes() == alone.used_bytes() and together.positions() == alone.positions()
         for step in range(20, 30):
             inputs = ids[[2, 0], step : step + 1]
             one = model(inputs, past_key_values=together, use_cache=True).logits
@@ -114,22 +182,16 @@ def test_selected_rows_go_on_as_if_alone(dense):
 
 
 @torch.no_grad()
-def test_a_row_is_independent_of_its_neighbours_bitwise_where_the_buffers_have_one_shape():
+def test_a_row_is_independent_of_its_neighbours():
     model, ids = gated(), tokens(2, 30)
     other = ids.clone()
     other[1] = tokens(1, 30, seed=9)
-    shapes = [0, 0]
     for (_, one, first), (_, two, second) in zip(
         decode(model, ids, [1] * 30), decode(model, other, [1] * 30), strict=True
     ):
-        widths = [[slots.position.shape[1] for slots in cache.slots] for cache in (one, two)]
-        # Where a neighbour needs a wider buffer, sums are cut elsewhere and the last bit may differ.
-        same = widths[0] == widths[1]
-        shapes[same] += 1
-        if same:
-            assert torch.equal(first[0], second[0])
+        # How a product is cut into threads depends on how many pages there are: the last bit may differ.
         assert torch.allclose(first[0], second[0], atol=1e-5)
-    assert shapes[True] >= 10
+        assert [rows[0] for rows in one.positions()] == [rows[0] for rows in two.positions()]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral-sliding"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import ctxprune
-from ctxprune import decoding
-from ctxprune.cache import PrunedCache, Slots
+import kernels
+from ctxprune.cache import PrunedCache
+from kernels.decode import torch_extend, torch_path
 from tests.models import FAMILIES, decode, disagreement, gated, small_model, tokens
 
 N = 32
@@ -69,7 +70,7 @@ def test_dense_mode_decodes_like_the_original_model(chunks):
 def test_a_dropped_token_never_returns():
     before = None
     for fed, cache, _ in decode(gated(), tokens(2, N), CHUNKS["prompt and steps"]):
-        held = [[{p for p in row.tolist() if p >= 0} for row in slots.position] for slots in cache.slots]
+        held = [[set(row) for row in rows] for rows in cache.positions()]
         if before is not None:
             for layer, rows in enumerate(held):
                 for row, positions in enumerate(rows):
@@ -77,44 +78,76 @@ def test_a_dropped_token_never_returns():
         before = held
 
 
-def agrees(model) -> bool:
-    wrong, worst = disagreement(model, tokens(2, N), CHUNKS["prompt and steps"], positions=False)
+def agrees(model, chunks: str = "prompt and steps") -> bool:
+    wrong, worst = disagreement(model, tokens(2, N), CHUNKS[chunks], positions=False)
     return wrong == 0 and worst < 1e-6
 
 
-def test_twin_a_drop_that_acts_one_step_late_is_caught(monkeypatch):
-    model, original = gated().double(), decoding._visible_slots
-    assert agrees(model)
+def with_another_view(monkeypatch, change) -> None:
+    """attend() sees change(seen, step, position, drop_time) instead of seen; (pages, n, page) and the slots' own."""
+    original, steps = torch_path.attend, []
+    whole = torch_path.decode_attention
+    monkeypatch.setitem(
+        kernels.IMPLEMENTATIONS["decode_attention"],
+        "torch",
+        lambda *given: steps.append(given[6]) or whole(*given),
+    )
 
-    def late(slots, wrapper, position, gates):
-        now, decided = original(slots, wrapper, position, gates), getattr(slots, "decided", None)
-        slots.decided = now
-        if decided is None:
-            return slots.live()[:, None, :]
-        grown = now.shape[2] - decided.shape[2]
-        return slots.live()[:, None, :] & torch.nn.functional.pad(decided, (0, grown), value=True)
+    def attend(query, pages, order, seen, scale):
+        step = steps[-1][order.row][:, None, None]
+        position, drop_time = (t[order.pages][:, None] for t in (pages.position, pages.drop_time))
+        return original(query, pages, order, change(seen, step, position, drop_time), scale)
 
-    monkeypatch.setattr(decoding, "_visible_slots", late)
-    assert not agrees(model)
+    monkeypatch.setattr(torch_path, "attend", attend)
+
+
+def test_twin_the_same_view_is_not_caught(monkeypatch):
+    with_another_view(monkeypatch, lambda seen, step, position, drop_time: (position >= 0) & (drop_time > step))
+    assert agrees(gated().double())
+
+
+BUGS = {
+    "a drop that acts one step late": lambda seen, step, position, drop_time: seen | (drop_time == step),
+    "an eviction before the step's own attention": lambda seen, step, position, drop_time: (
+        seen & ((drop_time > step + 1) & (position != step - 2) | (position == step))
+    ),
+    "attending before the new key is there": lambda seen, step, position, drop_time: seen & (position != step),
+    "a freed slot left readable": lambda seen, step, position, drop_time: seen | (position >= 0),
+}
+
+
+@pytest.mark.parametrize("change", BUGS.values(), ids=BUGS.keys())
+def test_twin_is_caught(monkeypatch, change):
+    assert agrees(gated().double())
+    with_another_view(monkeypatch, change)
+    assert not agrees(gated().double())
 
 
 def test_twin_the_number_of_survivors_taken_for_the_position_is_caught(monkeypatch):
     model = gated().double()
     assert agrees(model)
-    survivors = lambda cache, layer_idx=0: int(cache.live_tokens().max()) if cache.slots else 0  # noqa: E731
+    survivors = lambda cache, layer_idx=0: int(cache.live_tokens().max()) if cache.held else 0  # noqa: E731
     monkeypatch.setattr(PrunedCache, "get_seq_length", survivors)
     assert not agrees(model)
 
 
-def test_twin_a_freed_slot_left_readable_is_caught(monkeypatch):
+def test_twin_a_slot_leaked_to_the_neighbour_is_caught(monkeypatch):
+    model, original = gated().double(), torch_path._store
+    assert agrees(model)
+
+    def leaking(key, value, interaction_key, step, guard, drop_time, pages):
+        stored = original(key, value, interaction_key, step, guard, drop_time, pages)
+        slot = (pages.used - 1).long()
+        page = pages.table.gather(1, (slot // pages.page)[:, None]).squeeze(1).long()
+        pages.values[page, :, slot % pages.page] = value.flip(0)
+        return stored
+
+    monkeypatch.setattr(torch_path, "_store", leaking)
+    assert not agrees(model)
+
+
+def test_twin_a_chunk_that_forgets_what_it_dropped_is_caught(monkeypatch):
     model = gated().double()
-    assert agrees(model)
-    monkeypatch.setattr(Slots, "visible", lambda slots: torch.ones_like(slots.live())[:, None, None, :])
-    assert not agrees(model)
-
-
-def test_twin_a_slot_freed_in_the_wrong_row_is_caught(monkeypatch):
-    model, original = gated().double(), decoding._visible_slots
-    assert agrees(model)
-    monkeypatch.setattr(decoding, "_visible_slots", lambda *a: original(*a).flip(0) & a[0].live()[:, None, :])
-    assert not agrees(model)
+    assert agrees(model, "ragged chunks")
+    monkeypatch.setattr(torch_extend, "_logits", lambda *given: torch.ones(()))
+    assert not agrees(model, "ragged chunks")

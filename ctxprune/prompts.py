@@ -1,0 +1,39 @@
+"""Can a model serve this request? Asked before any work."""
+
+from __future__ import annotations
+
+from jaxtyping import Int
+from torch import Tensor
+
+from ctxprune.errors import UserError
+from ctxprune.retrofitting import state_of, wrappers
+
+
+def check_prompt(model, prompt: Int[Tensor, " n"], max_new_tokens: int) -> None:
+    """Raises UserError for an empty prompt, ids outside the vocabulary, max_new_tokens < 1, and more tokens than the
+    model has positions."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+    if len(prompt) == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and len(prompt) + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions"
+            ": shorten the prompt or ask for fewer new tokens"
+        )
+    vocab = model.config.vocab_size
+    if int(prompt.max()) >= vocab or int(prompt.min()) < 0:
+        raise UserError(f"the prompt holds token ids outside the model's vocabulary of {vocab}: wrong tokenizer?")
+
+
+def page_bytes(model, page: int) -> int:
+    """Bytes of one layer's page of `page` slots: keys, values, interaction keys, and three integers per slot."""
+    config, state = model.config, state_of(model)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    gate = None if state.mode == "dense" else wrappers(model)[0].rule.gate
+    rank = 0 if gate is None else gate.query.out_features
+    size = next(model.parameters()).element_size()
+    return page * ((2 * kv_heads * width + rank) * size + 3 * 4)
