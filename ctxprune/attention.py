@@ -133,7 +133,8 @@ def attention(
     if pruning is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
     if isinstance(pruning, Cached):
-        return pruning.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return pruning.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
     if dropout:
         raise UserError(
             "attention dropout does not go with pruning: load the model with its attention dropout set to 0"

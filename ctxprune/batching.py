@@ -143,7 +143,7 @@ class Batcher:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), mode(self.model, "dense" if self.dense else "hard"):
+            with torch.inference_mode(), mode(self.model, "dense" if self.dense else "hard"):
                 yield
         finally:
             self.model.train(was_training)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -54,6 +55,11 @@ class NewTokens:
     pinned: Bool[Tensor, "batch n"] | None
     length: Int[Tensor, " batch"]
 
+    @cached_property
+    def single(self) -> tuple[Tensor, Tensor, Tensor]:
+        """step, guard and never of each row's only token: (batch,)."""
+        return self.step[:, 0], self.guard[:, 0], self.never[:, 0]
+
 
 class PrunedCache(Cache):
     """A transformers cache that forgets: past_key_values of a retrofitted model; ragged over the batch.
@@ -92,6 +98,8 @@ class PrunedCache(Cache):
         self.arrival: Arrival | None = None
         self.end_of: list[Callable[[Tensor, Tensor], Tensor]] = []
         """By layer: drop times of positions of rows by themselves, whatever gates say."""
+        self.endless: list[bool] = []
+        """By layer: whether they are never."""
         self.layers = []
         self.offloading = False
 
@@ -170,7 +178,7 @@ class PrunedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.held, self.end_of, self.length, self.seen = [], [], None, 0
+        self.held, self.end_of, self.endless, self.length, self.seen = [], [], [], None, 0
 
     # What generation asks of it.
     @property
@@ -215,7 +223,8 @@ class PrunedCache(Cache):
         """The other's rows follow ours (requests that join a running batch); the other must not be used again."""
         self.pinned = _joined(self.pinned, self.batch_size, other.pinned, other.batch_size)
         if not self.held:
-            self.held, self.length, self.end_of = other.held, other.length, other.end_of
+            self.held, self.length = other.held, other.length
+            self.end_of, self.endless = other.end_of, other.endless
             for layer in self.held:
                 layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
         else:
@@ -254,9 +263,12 @@ class PrunedCache(Cache):
         """Whether the next token of every row finds its page."""
         if self.max_bytes is None:
             return True
-        if sum(layer.pages_for_a_step() for layer in self.held) > self.spare_pages():
+        if self._pages_for_a_step() > self.spare_pages():
             self.trim()
-        return sum(layer.pages_for_a_step() for layer in self.held) <= self.spare_pages()
+        return self._pages_for_a_step() <= self.spare_pages()
+
+    def _pages_for_a_step(self) -> int:
+        return sum(layer.pages_for_a_step(self.lengths) for layer in self.held)
 
     def trim(self) -> None:
         """No page that no row has."""

@@ -90,49 +90,57 @@ class Hard:
 
 @dataclass
 class Cached:
-    """Attention of new tokens over what a layer's cache holds, which takes them in.
+    """Attention of new tokens (`cache.new`) over what a layer's cache holds, which takes them in.
 
-    gates: interaction query, key (batch, n, rank) and beta, or None; step, guard, drop_time: (batch, n) as
-    kernels.extend_attention takes them; in_depth: what the layer above drops is dropped here.
+    gates: interaction query, key (batch, n, rank) and beta, or None; drop_time: (batch, n) int32, of the tokens by
+    themselves; None: never; in_depth: what the layer above drops is dropped here.
     """
 
     cache: PrunedCache
     index: int
     gates: tuple[Tensor, Tensor, Tensor] | None
-    step: Int[Tensor, "batch n"]
-    guard: Int[Tensor, "batch n"]
-    drop_time: Int[Tensor, "batch n"]
+    drop_time: Int[Tensor, "batch n"] | None
     in_depth: bool = False
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query (batch, heads, n, width) -> (batch, heads, n, width)."""
-        layer, n = self.cache.held[self.index], query.shape[2]
+        cache, layer, new, n = self.cache, self.cache.held[self.index], self.cache.new, query.shape[2]
         if self.in_depth:
-            times = self.cache.held[self.index - 1].times()
+            times = cache.held[self.index - 1].times()
             layer.inherit(times)
-            self.drop_time = torch.minimum(self.drop_time, times.gather(1, self.step.clamp(min=0).long()))
-        if n == 1 or self.cache.max_live_tokens is not None:
+            own = times.gather(1, new.step.clamp(min=0).long())
+            self.drop_time = own if self.drop_time is None else torch.minimum(self.drop_time, own)
+        if n == 1:
+            return self._one(layer, query, key, value, scale, 0)
+        if cache.max_live_tokens is not None:
             return torch.cat([self._one(layer, query, key, value, scale, i) for i in range(n)], 2)
-        layer.make_room_for((self.step >= 0).sum(1))
+        layer.make_room_for((new.step >= 0).sum(1))
         gate_query, gate_key, beta = self.gates or (None, None, None)
+        drop_time = new.never if self.drop_time is None else self.drop_time
         return kernels.extend_attention(
-            query, key, value, gate_query, gate_key, beta, self.step, layer.pages,
-            guard=self.guard, drop_time=self.drop_time, scale=scale,
+            query, key, value, gate_query, gate_key, beta, new.step, layer.pages,
+            guard=new.guard, drop_time=drop_time, scale=scale,
         )  # fmt: skip
 
-    def _one(self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float | None, i: int) -> Tensor:
+    def _one(self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, i: int) -> Tensor:
         """Token i alone: (batch, heads, 1, width)."""
+        cache, new = self.cache, self.cache.new
         gate_query, gate_key, beta = self.gates or (None, None, None)
         if gate_query is not None and gate_key is not None:
             gate_query, gate_key = gate_query[:, i], gate_key[:, i]
-        step = self.step[:, i]
-        if self.cache.max_live_tokens is not None:
-            enforce(layer, gate_query, beta, step, self.cache.max_live_tokens)
-        if self.cache.reversible:
+        if new.step.shape[1] == 1:
+            step, guard, drop_time = new.single
+        else:
+            step, guard, drop_time = new.step[:, i], new.guard[:, i], new.never[:, i]
+        if self.drop_time is not None:
+            drop_time = self.drop_time[:, i]
+        if cache.max_live_tokens is not None:
+            enforce(layer, gate_query, beta, step, cache.max_live_tokens)
+        layer.make_room(step, idle=new.real is not None, again=not cache.reversible)
+        if cache.reversible:
             layer.pages.free.fill_(-1)  # slots of dropped keys may have to come back
-        layer.make_room()
         output = kernels.decode_attention(
             query[:, :, i], key[:, :, i], value[:, :, i], gate_query, gate_key, beta, step, layer.pages,
-            guard=self.guard[:, i], drop_time=self.drop_time[:, i], scale=scale,
+            guard=guard, drop_time=drop_time, scale=scale, check=False,
         )  # fmt: skip
         return output[:, :, None]

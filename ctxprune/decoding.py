@@ -34,10 +34,12 @@ def decide(
         cache.new = _new_tokens(cache, wrapper, hidden, position_ids, padding)
     new = cache.new
     gates = wrapper.gate(hidden) if wrapper.gate is not None else None
-    drop_time = _end(wrapper, new.position, new.pinned)
-    first = wrapper.layer_idx >= len(cache.held)
+    first, drop_time = wrapper.layer_idx >= len(cache.held), None
+    if first or not cache.endless[wrapper.layer_idx]:
+        drop_time = _end(wrapper, new.position, new.pinned)
     if first:
         cache.end_of.append(partial(_end_of_stored, cache, wrapper))
+        cache.endless.append(drop_time is None)
     call: Hard | Cached | None
     if first and (cache.max_live_tokens is None or hidden.shape[1] <= cache.max_live_tokens):
         call = _first_pass(cache, wrapper, gates, drop_time)
@@ -146,5 +148,4 @@ def _later_pass(
         cache.arrival = Arrival(interaction, torch.full_like(new.step, -1), new.guard, new.never)
     elif (gates is not None) != cache.held[index].gated:
         raise UserError("this cache was filled in another mode (hard or dense): start again with a new PrunedCache()")
-    drop_time = new.never if drop_time is None else drop_time
-    return Cached(cache, index, gates, new.step, new.guard, drop_time, wrapper.state.propagate_in_depth and index > 0)
+    return Cached(cache, index, gates, drop_time, wrapper.state.propagate_in_depth and index > 0)

@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kernels.decode.pages import NEVER, Pages, order_of
+from kernels.decode.pages import NEVER, Pages, Slots, order_of
 
 GROWTH = 8
 """A pool that is full grows by this part of itself at least, so that growing costs little per token."""
 AHEAD = 32
-"""Tokens for which a row on a GPU is given room at once: so often, at most, does a step wait for the device."""
+"""Tokens for which a row is given room at once."""
+FEW = 8
+"""A row with fewer slots to take is given a page, or it would be searched too often."""
 STORED = ("keys", "values", "interaction", "drop_time", "guard", "position")
 """What a page holds."""
 OF_A_ROW = ("table", "used", "free", "refused")
@@ -49,7 +51,10 @@ class LayerCache:
         self.in_use = 0
         """Pages given out."""
         self.promised = 0
-        """Tokens that every row has room for, for sure."""
+        """Tokens that every row has room for, for sure (on a GPU)."""
+        self.plan: Slots | None = None
+        self.taken = 0
+        """Where the tokens of the coming steps go, (rows, steps), and how many of these have been taken."""
         self.spare_pages: Callable[[], int] | None = None
         """How many pages more the pool may have; None: as many as it likes."""
         self._find_order()
@@ -68,8 +73,50 @@ class LayerCache:
         return (self.pages.table >= 0).sum(1)
 
     # Giving room.
-    def make_room(self) -> None:
-        """Every row can take one more token, in a slot that is free or in its pages' next one."""
+    def make_room(self, step: Int[Tensor, " rows"], *, idle: bool = False, again: bool = True) -> None:
+        """Every row can take the token of this step. idle: some rows have none; again: in slots of dropped keys too.
+
+        Where tokens go is decided for many steps at once and told to the attention, so that a step need not search. On
+        a GPU the kernel searches by itself and no step waits; rows that idle are few, and short.
+        """
+        if self.pages.keys.is_cuda or idle:
+            self._make_room_anywhere()
+            return
+        if self.plan is None or self.taken == self.plan.page.shape[1]:
+            self.plan, self.taken = self._planned(step, again), 0
+        self.pages.next = Slots(self.plan.page[:, self.taken], self.plan.place[:, self.taken])
+        self.taken += 1
+
+    def _planned(self, step: Int[Tensor, " rows"], again: bool) -> Slots:
+        """Slots for the next steps, (rows, steps): the rest of each row's pages, then slots of dropped keys; a page
+        more for rows that have few of both."""
+        rank, count = self._takeable(step, again)
+        if bool((count < FEW).any()):
+            try:
+                self._give((count < FEW).long())
+            except PoolFull:
+                if bool((count < 1).any()):
+                    raise
+            else:
+                rank, count = self._takeable(step, again)
+        slot = rank.argsort(dim=1, stable=True)[:, : min(AHEAD, int(count.min()))]
+        pages = self.pages
+        pages.used.copy_(torch.maximum(pages.used, slot.amax(1) + 1))
+        return Slots(pages.table.gather(1, slot // pages.page).long(), slot % pages.page)
+
+    def _takeable(self, step: Tensor, again: bool) -> tuple[Int[Tensor, "rows slots"], Int[Tensor, " rows"]]:
+        """Of each row's slots along its table: 0 never used, 1 of a dropped key, 2 neither; and how many are not 2."""
+        pages = self.pages
+        place = torch.arange(pages.table.shape[1] * pages.page, device=step.device)
+        used = place < pages.used[:, None]
+        dropped = used & ~self._alive(torch.arange(self.rows, device=step.device), step - 1)
+        behind = ~used & (place < (self.given() * pages.page)[:, None])
+        rank = torch.where(behind, 0, torch.where(dropped, 1, 2) if again else 2)
+        return rank, (rank < 2).sum(1)
+
+    def _make_room_anywhere(self) -> None:
+        """A slot that is free or a next one for every row; on a GPU for the coming steps too, since asking waits."""
+        self._forget_plan()
         if self.promised > 0:
             self.promised -= 1
             return
@@ -77,7 +124,7 @@ class LayerCache:
         if bool(lacking.any()):
             self._give(lacking.long())
             spare = spare + lacking * self.pages.page
-        self.promised = max(1, int(spare.min())) - 1
+        self.promised = max(1, int(spare.min())) - 1 if self.pages.keys.is_cuda else 0
 
     def _lacking(self) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
         """Slots behind each row's used ones, and which rows need a page for their next token."""
@@ -85,14 +132,24 @@ class LayerCache:
         spare = self.given() * pages.page - pages.used
         return spare, spare < AHEAD if pages.keys.is_cuda else (spare < 1) & (pages.free < 0)
 
-    def pages_for_a_step(self) -> int:
-        """By how many pages the pool must grow for the next token of every row."""
-        if self.promised > 0:
-            return 0
-        return max(0, self.in_use + int(self._lacking()[1].sum()) - len(self.pages.keys))
+    def _forget_plan(self) -> None:
+        if self.plan is not None:
+            self.plan = None
+            self.pages.free.fill_(-1)  # known to the plan alone
+
+    def pages_for_a_step(self, step: Int[Tensor, " rows"]) -> int:
+        """By how many pages the pool must grow for the token of this step in every row."""
+        if self.pages.keys.is_cuda:
+            wanting = 0 if self.promised > 0 else int(self._lacking()[1].sum())
+        elif self.plan is not None and self.taken < self.plan.page.shape[1]:
+            wanting = 0
+        else:
+            wanting = int((self._takeable(step, True)[1] < 1).sum())
+        return max(0, self.in_use + wanting - len(self.pages.keys))
 
     def make_room_for(self, tokens: Int[Tensor, " rows"]) -> None:
         """Each row can take this many more tokens in its next slots."""
+        self._forget_plan()
         wanted = -(-(self.pages.used + tokens) // self.pages.page)
         self._give((wanted - self.given()).clamp(min=0))
         self.promised = 0
@@ -206,6 +263,8 @@ class LayerCache:
         self._find_order()
 
     def _find_order(self) -> None:
+        """After every change of the table."""
+        self._forget_plan()
         self.pages.order = order_of(self.pages.table)
 
     # Rows that come and go.
@@ -274,6 +333,7 @@ class LayerCache:
     def rewind(self, length: Int[Tensor, " rows"], end_of: Callable[[Tensor, Tensor], Tensor]) -> None:
         """As if each row's tokens from position `length` on had never come: they are forgotten, and what they dropped
         lives again. Only where no slot was taken again since. end_of: drop times of positions of rows by themselves."""
+        self._forget_plan()
         pages, order = self.pages, self.pages.order or order_of(self.pages.table)
         position, times = pages.position[order.pages], pages.drop_time[order.pages]
         first = length[order.row][:, None]

@@ -151,6 +151,7 @@ def decode_attention(
     drop_time: Int[Tensor, " rows"] | None = None,
     scale: float | None = None,
     impl: Impl = "auto",
+    check: bool = True,
 ) -> Float[Tensor, "rows heads width"]:
     """One more token per row: store it, drop what its gates drop, attend to what is left. Changes `pages` in place.
 
@@ -158,15 +159,16 @@ def decode_attention(
     new token (by default, and at least, step + 1; by default never). A gate x <= 0 at a step from a key's guard on
     drops the key for that step and all later ones, as drop_times says of whole rows; without interaction_query only
     drop times drop. A token takes a slot that is free, else the next one; if its row has no page left it is not
-    stored, its output is NaN and pages.refused counts it. Values in slots that nobody uses must be finite.
+    stored, its output is NaN and pages.refused counts it. Values in slots that nobody uses must be finite. check=False:
+    the arguments are known to fit, guard and drop_time to be given, in 32 bits, and to spare their own token.
     """
-    times = {name: tensor for name, tensor in (("guard", guard), ("drop_time", drop_time)) if tensor is not None}
-    checks.decode(query, key, value, interaction_query, interaction_key, beta, step, pages, **times)
+    if check:
+        times = {name: tensor for name, tensor in (("guard", guard), ("drop_time", drop_time)) if tensor is not None}
+        checks.decode(query, key, value, interaction_query, interaction_key, beta, step, pages, **times)
+        step, guard, drop_time = _from_the_next(step, guard, drop_time)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     gates = (interaction_query, interaction_key, beta)
-    return run(
-        "decode_attention", impl, query, key, value, *gates, *_from_the_next(step, guard, drop_time), pages, scale
-    )
+    return run("decode_attention", impl, query, key, value, *gates, step, guard, drop_time, pages, scale)
 
 
 def extend_attention(

@@ -194,17 +194,17 @@ def test_training_has_no_loop_over_tokens_and_waits_for_no_layer():
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_a_decoding_step_waits_at_most_once_per_layer():
+def test_a_decoding_step_waits_for_nothing():
     """Defect: Python loop per token and 2-5 host syncs per layer and step."""
     model, ids = gated(), tokens(8, 42)
     cache = ctxprune.PrunedCache()
     with torch.no_grad():
         model(ids[:, :40], past_key_values=cache, use_cache=True)
-        model(ids[:, 40:41], past_key_values=cache, use_cache=True)  # looks how many more tokens its pages take
+        model(ids[:, 40:41], past_key_values=cache, use_cache=True)  # plans where the next tokens go
         step = counted(lambda: model(ids[:, 41:], past_key_values=cache, use_cache=True))
         whole = counted(lambda: model(ids, use_cache=False))
         original = counted(lambda: small_model()(ids, use_cache=False))
-    assert 0 < step.reads <= LAYERS
+    assert step.reads == 0 < step.all
     assert whole.reads - original.reads <= LAYERS + 1  # and once for the documents of the batch
 
 

@@ -21,11 +21,18 @@ PAGE_SIZES = (16, 32, 64, 128)
 @dataclass(frozen=True)
 class Order:
     """The pages that rows use, for a step that computes them all at once. pages: which of the pool, a slice where they
-    are its first ones; row, rank: (pages,) whose each is, and its place in that row's table."""
+    are its first ones; row, rank: (pages,) whose each is, and its place in that row's table; one_each: whether every
+    row has exactly one page; in_order: and these lie as the rows do."""
 
     pages: slice | Tensor
     row: Tensor
     rank: Tensor
+    one_each: bool
+    in_order: bool
+
+    def of_pages(self, rows: Tensor) -> Tensor:
+        """What belongs to the row of each page: (rows, ...) -> (pages, ...)."""
+        return rows if self.in_order else rows[self.row]
 
 
 def order_of(table: Tensor) -> Order:
@@ -34,8 +41,18 @@ def order_of(table: Tensor) -> Order:
     place = (table.flatten() >= 0).nonzero().squeeze(1)
     pages, order = table.flatten()[place].long().sort()
     place = place[order]
+    row, every = place // most, torch.arange(len(table), device=table.device)
     first = torch.equal(pages, torch.arange(len(pages), device=table.device))
-    return Order(slice(0, len(pages)) if first else pages, place // most, place % most)
+    one_each, in_order = torch.equal(row.sort().values, every), torch.equal(row, every)
+    return Order(slice(0, len(pages)) if first else pages, row, place % most, one_each, in_order)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the next token of every row goes: (rows,) pages of the pool, and places in them."""
+
+    page: Tensor
+    place: Tensor
 
 
 @dataclass
@@ -63,6 +80,9 @@ class Pages:
     order: Order | None = None
     """What `order_of(table)` says, kept by whoever gives out pages so that no step need find it again; None: found at
     every step."""
+    next: Slots | None = None
+    """Where the tokens of the next step go, where whoever gives out pages has decided it; `used` and `free` are then
+    left as they are. Only the torch path asks."""
 
     @staticmethod
     def empty(

@@ -7,8 +7,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.decode.pages import Order, Pages, order_of
+from kernels.decode.pages import Order, Pages, Slots, order_of
 
 
 def decode_attention(
@@ -26,18 +27,25 @@ def decode_attention(
 ) -> Tensor:
     """Arguments and result as kernels.decode_attention."""
     order = order_of(pages.table) if pages.order is None else pages.order
-    stored, everywhere = _store(key, value, interaction_key, step, guard, drop_time, pages)
-    now = step[order.row][:, None]
+    slots, pages.next = pages.next, None
+    if slots is not None:
+        _write(key, value, interaction_key, step, guard, drop_time, pages, slots)
+        stored, everywhere = None, True
+    else:
+        stored, everywhere = _store(key, value, interaction_key, step, guard, drop_time, pages)
+    now = order.of_pages(step)[:, None]
     times = pages.drop_time[order.pages]
     if interaction_query is not None and pages.interaction is not None and beta is not None:
-        x = _logits(pages.interaction[order.pages], interaction_query[order.row], beta)
-        dropped = (x <= 0) & (pages.guard[order.pages] <= now)
-        times = torch.where(dropped, torch.minimum(times, now), times)
-        pages.drop_time[order.pages] = times
+        x = _logits(pages.interaction[order.pages], order.of_pages(interaction_query), beta)
+        dropped = (x <= 0).logical_and_(pages.guard[order.pages] <= now)
+        torch.where(dropped, torch.minimum(times, now), times, out=times)
+        if not isinstance(order.pages, slice):  # a copy, then
+            pages.drop_time[order.pages] = times
     live = times > now
-    _find_free(pages, order, live, stored)
+    if stored is not None:
+        _find_free(pages, order, live, stored)
     output = attend(query[:, :, None], pages, order, live[:, None], scale).squeeze(2)
-    if everywhere:
+    if everywhere or stored is None:
         return output
     # An idle row has nothing to say; one without room must not go unnoticed.
     silent, lost = (step < 0)[:, None, None], ((step >= 0) & ~stored)[:, None, None]
@@ -61,12 +69,17 @@ def _store(key, value, interaction_key, step, guard, drop_time, pages: Pages) ->
         pages.used[stored] = torch.maximum(pages.used[stored], (slot + 1).to(torch.int32))
     else:
         pages.used.copy_(torch.maximum(pages.used, slot + 1))
+    _write(key, value, interaction_key, step, guard, drop_time, pages, Slots(page, place))
+    return stored, everywhere
+
+
+def _write(key, value, interaction_key, step, guard, drop_time, pages: Pages, slots: Slots) -> None:
+    page, place = slots.page, slots.place
     pages.keys[page, :, place] = key.to(pages.keys.dtype)
     pages.values[page, :, place] = value.to(pages.values.dtype)
-    pages.guard[page, place], pages.drop_time[page, place], pages.position[page, place] = guard, drop_time, step
     if interaction_key is not None and pages.interaction is not None:
         pages.interaction[page, place] = interaction_key.to(pages.interaction.dtype)
-    return stored, everywhere
+    pages.guard[page, place], pages.drop_time[page, place], pages.position[page, place] = guard, drop_time, step
 
 
 def _find_free(pages: Pages, order: Order, live: Tensor, stored: Tensor) -> None:
@@ -82,18 +95,23 @@ def _logits(gate_keys: Tensor, gate_query: Tensor, beta: Tensor) -> Tensor:
     """x = ik . iq / sqrt(rank) + beta; gate_keys (pages, page, rank), gate_query (pages, rank) -> (pages, page)."""
     work = torch.float64 if gate_query.dtype == torch.float64 else torch.float32
     scale = 1.0 / math.sqrt(gate_query.shape[-1])
-    return torch.bmm(gate_keys.to(work), gate_query.to(work).mul(scale)[:, :, None]).squeeze(-1) + beta.to(work)
+    keys, query = gate_keys.to(work), gate_query.to(work)[:, :, None]
+    return torch.baddbmm(beta.to(work), keys, query, alpha=scale).squeeze(-1)
 
 
 def attend(query: Tensor, pages: Pages, order: Order, seen: Tensor, scale: float) -> Tensor:
     """Queries (rows, heads, n, width), each over the slots that it sees, (pages, n, page), of its row's pages. A query
     that sees nothing gets NaN."""
     keys, values = pages.keys[order.pages], pages.values[order.pages]
+    if order.one_each:  # nothing to put together: one call, where a dozen would cost more than a short context does
+        own = order.of_pages(query.to(keys.dtype))
+        out = scaled_dot_product_attention(own, keys, values, seen[:, None], scale=scale, enable_gqa=True)
+        return (out if order.in_order else torch.empty_like(out).index_copy_(0, order.row, out)).to(query.dtype)
     kv_heads, n, work = keys.shape[1], query.shape[2], torch.promote_types(query.dtype, keys.dtype)
     exact = torch.promote_types(work, torch.float32)
     grouped = (query.to(work) * scale).unflatten(1, (kv_heads, -1))
     heads = grouped.shape[1:3]
-    logits = torch.matmul(grouped[order.row].flatten(2, 3), keys.to(work).transpose(2, 3)).to(exact)
+    logits = torch.matmul(order.of_pages(grouped).flatten(2, 3), keys.to(work).transpose(2, 3)).to(exact)
     logits = logits.unflatten(2, (-1, n)).masked_fill_(~seen[:, None, None], -torch.inf)
     # Softmax over all pages of a row: its largest logit, the sum of the weights, the weighted values.
     top, row = logits.amax(-1), order.row.view(-1, 1, 1, 1).expand(logits.shape[:4])
