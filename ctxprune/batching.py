@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ctxprune.cache import SHRINK_EVERY, PrunedCache
 from ctxprune.errors import UserError
-from ctxprune.layer_cache import PoolFull
+from ctxprune.page_pool import PoolFull
+from ctxprune.prefill import prefill, stacked
 from ctxprune.prompts import check_prompt, page_bytes
 from ctxprune.retrofitting import mode, state_of
 from ctxprune.sampling import Sampling, pick
@@ -202,7 +203,7 @@ class Batcher:
         self.cache.trim()
         left = None if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.allocated_bytes()
         cache = self._new_cache(left)
-        cache.pinned = _stacked([one.pinned for one in group])
+        cache.pinned = stacked([one.pinned for one in group])
         try:
             logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk)
         except PoolFull:
@@ -282,34 +283,3 @@ class Batcher:
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes())
         if self.steps % SHRINK_EVERY == SHRINK_EVERY - 1:
             self.cache.shrink()
-
-
-def prefill(model, cache: PrunedCache, prompts: list[Tensor], chunk: int) -> Float[Tensor, "batch vocab"]:
-    """Read prompts of any lengths, `chunk` tokens per pass (0: all at once), padded on the left: logits after the last
-    token of each."""
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    real = torch.zeros(len(prompts), longest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt.to(device)
-        real[row, longest - len(prompt) :] = True
-    position = (real.long().cumsum(1) - 1).clamp(min=0)
-    mask = None if bool(real.all()) else real.long()
-    # The short pass comes first: the later ones, over what the cache holds, are all of one length.
-    ends = [longest] if chunk == 0 else list(range(longest, 0, -chunk))[::-1]
-    for start, end in zip([0, *ends], ends, strict=False):
-        inputs = {"attention_mask": None if mask is None else mask[:, :end], "past_key_values": cache}
-        part = slice(start, end)
-        logits = model(ids[:, part], position_ids=position[:, part], logits_to_keep=1, use_cache=True, **inputs).logits
-        cache.shrink()
-    return logits[:, -1]
-
-
-def _stacked(pinned: list[Tensor | None]) -> Tensor | None:
-    """(rows, positions), False behind the shorter ones."""
-    if all(one is None for one in pinned):
-        return None
-    nothing = torch.zeros(1, dtype=torch.bool)
-    rows = [nothing if one is None else one for one in pinned]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=False)

@@ -80,7 +80,7 @@ class PrunedCache(Cache):
         """page: slots per page (16, 32, 64 or 128). max_live_tokens: keys per row and layer, the newest included, that
         are never exceeded; the policy's own ranking says who goes. pinned: positions that nothing ever drops.
         reversible: keep what is needed for `crop` (dropped keys keep their slots until then). max_bytes: of all pages
-        together; what would take more raises ctxprune.layer_cache.PoolFull.
+        together; what would take more raises ctxprune.page_pool.PoolFull.
 
         Raises UserError for a page size or cap out of range.
         """

@@ -1,76 +1,34 @@
 """Where do one layer's survivors live while a model generates? In pages, through a table per row of the batch.
 
-What is dropped frees its slot and the next token of its row takes it. Pages that are given out are always the first of
-the pool: a page that is given back is filled with the last one, so that memory can be returned at any time and a step
-on a CPU reads the pool as it lies.
+What is dropped frees its slot and the next token of its row takes it. Which slots the coming tokens take is planned for
+many steps at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kernels.decode.pages import NEVER, Pages, Slots, order_of
+from ctxprune.page_pool import OF_A_ROW, PagePool, PoolFull
+from kernels.decode.pages import NEVER, Slots, order_of
 
-GROWTH = 8
-"""A pool that is full grows by this part of itself at least, so that growing costs little per token."""
 AHEAD = 32
 """Tokens for which a row is given room at once."""
 FEW = 8
 """A row with fewer slots to take is given a page, or it would be searched too often."""
-STORED = ("keys", "values", "interaction", "drop_time", "guard", "position")
-"""What a page holds."""
-OF_A_ROW = ("table", "used", "free", "refused")
 
 
-class PoolFull(Exception):
-    """A pool may not grow as much as it would have to."""
+class LayerCache(PagePool):
+    """One layer's pages, what its rows keep in them, and where their next tokens go. Made as PagePool is."""
 
-
-class LayerCache:
-    """One layer's pages and whose they are. See kernels.Pages for what they hold."""
-
-    def __init__(
-        self,
-        rows: int,
-        *,
-        kv_heads: int,
-        width: int,
-        rank: int | None,
-        page: int = 64,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ):
-        """For `rows` rows of which nothing is stored yet. rank: of the interaction keys; None without gates."""
-        self.pages = Pages.empty(
-            1, rows, 1, kv_heads=kv_heads, width=width, rank=rank, page=page, dtype=dtype, device=device
-        )
-        self.in_use = 0
-        """Pages given out."""
-        self.promised = 0
-        """Tokens that every row has room for, for sure (on a GPU)."""
-        self.plan: Slots | None = None
-        self.taken = 0
-        """Where the tokens of the coming steps go, (rows, steps), and how many of these have been taken."""
-        self.spare_pages: Callable[[], int] | None = None
-        """How many pages more the pool may have; None: as many as it likes."""
-        self._find_order()
-
-    @property
-    def rows(self) -> int:
-        return len(self.pages.table)
-
-    @property
-    def gated(self) -> bool:
-        """Whether interaction keys are kept."""
-        return self.pages.interaction is not None
-
-    def given(self) -> Int[Tensor, " rows"]:
-        """Pages of each row."""
-        return (self.pages.table >= 0).sum(1)
+    plan: Slots | None = None
+    taken = 0
+    """Where the tokens of the coming steps go, (rows, steps), and how many of these have been taken."""
+    promised = 0
+    """Tokens that every row has room for, for sure (on a GPU)."""
 
     # Giving room.
     def make_room(self, step: Int[Tensor, " rows"], *, idle: bool = False, again: bool = True) -> None:
@@ -93,7 +51,7 @@ class LayerCache:
         rank, count = self._takeable(step, again)
         if bool((count < FEW).any()):
             try:
-                self._give((count < FEW).long())
+                self.give((count < FEW).long())
             except PoolFull:
                 if bool((count < 1).any()):
                     raise
@@ -122,7 +80,7 @@ class LayerCache:
             return
         spare, lacking = self._lacking()
         if bool(lacking.any()):
-            self._give(lacking.long())
+            self.give(lacking.long())
             spare = spare + lacking * self.pages.page
         self.promised = max(1, int(spare.min())) - 1 if self.pages.keys.is_cuda else 0
 
@@ -131,6 +89,11 @@ class LayerCache:
         pages = self.pages
         spare = self.given() * pages.page - pages.used
         return spare, spare < AHEAD if pages.keys.is_cuda else (spare < 1) & (pages.free < 0)
+
+    def _table_changed(self) -> None:
+        super()._table_changed()
+        self._forget_plan()
+        self.promised = 0
 
     def _forget_plan(self) -> None:
         if self.plan is not None:
@@ -151,58 +114,8 @@ class LayerCache:
         """Each row can take this many more tokens in its next slots."""
         self._forget_plan()
         wanted = -(-(self.pages.used + tokens) // self.pages.page)
-        self._give((wanted - self.given()).clamp(min=0))
+        self.give((wanted - self.given()).clamp(min=0))
         self.promised = 0
-
-    def _give(self, wanted: Int[Tensor, " rows"]) -> None:
-        """That many more pages to each row."""
-        total = int(wanted.sum())
-        if total == 0:
-            return
-        self._resize_for(self.in_use + total)
-        given = self.given()
-        most = int((given + wanted).max())
-        table = self.pages.table
-        if most > table.shape[1]:
-            table = torch.cat([table, table.new_full((len(table), most - table.shape[1]), -1)], 1)
-        row = torch.repeat_interleave(wanted)
-        first = (wanted.cumsum(0) - wanted)[row]
-        column = given[row] + torch.arange(total, device=row.device) - first
-        table[row, column] = torch.arange(self.in_use, self.in_use + total, device=row.device).to(table.dtype)
-        self.pages.table = table
-        self.in_use += total
-        self._find_order()
-
-    def _resize_for(self, wanted: int) -> None:
-        """A pool of at least so many pages. Raises PoolFull, having changed nothing, where it may not have them."""
-        capacity = len(self.pages.keys)
-        if wanted <= capacity:
-            return
-        growth = max(wanted - capacity, capacity // GROWTH)
-        if self.spare_pages is not None:
-            growth = min(growth, self.spare_pages())
-            if capacity + growth < wanted:
-                raise PoolFull
-        self._resize(capacity + growth)
-
-    def trim(self) -> None:
-        """No page in the pool that no row has."""
-        if len(self.pages.keys) > max(1, self.in_use):
-            self._resize(self.in_use)
-
-    def _resize(self, capacity: int) -> None:
-        """A pool of that many pages, at least one; those in use stay."""
-        capacity = max(1, capacity)
-        for name, buffer in self._stored():
-            kept = buffer[: self.in_use]
-            more = kept.new_full((capacity - len(kept), *kept.shape[1:]), -1 if name == "position" else 0)
-            setattr(self.pages, name, torch.cat([kept, more]))
-
-    def _stored(self) -> Iterator[tuple[str, Tensor]]:
-        for name in STORED:
-            buffer = getattr(self.pages, name)
-            if buffer is not None:
-                yield name, buffer
 
     # Giving room back.
     def compact(self, step: Int[Tensor, " rows"], spare: float = 0.0) -> None:
@@ -236,36 +149,13 @@ class LayerCache:
         surplus = torch.arange(table.shape[1], device=row.device) >= needed[chosen][:, None]
         back = table[surplus & (table >= 0)]
         pages.table[chosen] = pages.table[chosen].masked_fill(surplus, -1)
-        self._take_back(back)
+        self.take_back(back)
 
     def _alive(self, rows: Int[Tensor, " chosen"], step: Int[Tensor, " rows"]) -> Bool[Tensor, "chosen slots"]:
         """Which slots of these rows hold a key that lives after its row's step, along the row's table."""
         table = self.pages.table[rows].long()
         times = self.pages.drop_time[table.clamp(min=0)].masked_fill((table < 0)[..., None], 0)
         return times.flatten(1) > step[rows][:, None]
-
-    def _take_back(self, back: Int[Tensor, " pages"]) -> None:
-        """Pages that no table names any more leave the pool: the last pages in use take their places."""
-        left = self.in_use - len(back)
-        kept = torch.ones(self.in_use, dtype=torch.bool, device=back.device)
-        kept[back] = False
-        hole, last = (~kept[:left]).nonzero().squeeze(1), kept[left:].nonzero().squeeze(1) + left
-        for _, buffer in self._stored():
-            buffer[hole] = buffer[last]
-        moved = torch.arange(self.in_use + 1, device=back.device)
-        moved[last] = hole
-        table = self.pages.table
-        self.pages.table = torch.where(table >= 0, moved[table.clamp(min=0).long()], -1).to(table.dtype)
-        self.pages.clear(torch.arange(left, self.in_use, device=back.device))
-        self.in_use, self.promised = left, 0
-        if len(self.pages.keys) - max(1, left) > left // 4:
-            self._resize(left)
-        self._find_order()
-
-    def _find_order(self) -> None:
-        """After every change of the table."""
-        self._forget_plan()
-        self.pages.order = order_of(self.pages.table)
 
     # Rows that come and go.
     def select(self, rows: Int[Tensor, " chosen"]) -> None:
@@ -276,7 +166,7 @@ class LayerCache:
         for name in OF_A_ROW:
             setattr(self.pages, name, getattr(self.pages, name)[rows])
         self._copy_repeated(rows)
-        self._take_back(whole[gone][whole[gone] >= 0].long())
+        self.take_back(whole[gone][whole[gone] >= 0].long())
 
     def _copy_repeated(self, rows: Int[Tensor, " chosen"]) -> None:
         """Pages of their own for rows that were named before."""
@@ -288,7 +178,7 @@ class LayerCache:
         if bool(again.any()):
             theirs = self.pages.table[again]
             source = theirs[theirs >= 0].long()
-            self._resize_for(self.in_use + len(source))
+            self.resize_for(self.in_use + len(source))
             copies = torch.arange(self.in_use, self.in_use + len(source), device=rows.device)
             for _, buffer in self._stored():
                 buffer[copies] = buffer[source]
@@ -309,7 +199,7 @@ class LayerCache:
         for name in OF_A_ROW[1:]:
             setattr(ours, name, torch.cat([getattr(ours, name), getattr(theirs, name)]))
         self.in_use, self.promised = self.in_use + other.in_use, 0
-        self._find_order()
+        self._table_changed()
 
     # Dropping, and taking it back.
     def times(self) -> Int[Tensor, "rows positions"]:
@@ -355,23 +245,6 @@ class LayerCache:
         table = self.pages.table.long()
         position = self.pages.position[table.clamp(min=0)].flatten(1)
         return [sorted(position[row][alive[row]].tolist()) for row in range(self.rows)]
-
-    def bytes_per_token(self) -> int:
-        """Of a key, its value and its interaction key."""
-        pages, rank = self.pages, self.pages.interaction.shape[-1] if self.pages.interaction is not None else 0
-        return (2 * pages.keys.shape[1] * pages.keys.shape[3] + rank) * pages.keys.element_size()
-
-    def page_bytes(self) -> int:
-        """Of one page, integers included."""
-        return self.pages.page * (self.bytes_per_token() + 3 * 4)
-
-    def allocated_bytes(self) -> int:
-        """Of the pool."""
-        return len(self.pages.keys) * self.page_bytes()
-
-    def used_bytes(self) -> int:
-        """Of the pages that rows have."""
-        return self.in_use * self.page_bytes()
 
 
 def _wider(table: Int[Tensor, "rows most"], most: int) -> Int[Tensor, "rows wider"]:

@@ -12,6 +12,7 @@ from ctxprune import attention
 from ctxprune.attention import PrunedAttention
 from ctxprune.calls import Mode, PruningState
 from ctxprune.errors import UserError
+from ctxprune.model_generate import forgets
 from ctxprune.policies import PolicyConfig
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
@@ -45,6 +46,7 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
         wrapper.rule.to(dtype=weight.dtype, device=weight.device)
         wrapper.train(inner.training)
         setattr(layer, name, wrapper)
+    forgets(model)
     return model
 
 

@@ -8,7 +8,8 @@ import transformers as tf
 
 import ctxprune
 from ctxprune import PrunedCache
-from ctxprune.layer_cache import STORED, LayerCache
+from ctxprune.layer_cache import LayerCache
+from ctxprune.page_pool import STORED
 from ctxprune.retrofitting import wrappers
 from kernels.decode.pages import NEVER
 from tests.models import LAYERS, decode, gated, small_model, tokens

@@ -1,0 +1,36 @@
+"""How does transformers' own `model.generate` forget? A retrofitted model hands it a PrunedCache where it would make a
+cache of its own.
+
+The model's class becomes a subclass of the same name, since generate asks the class and not a setting.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+from transformers.generation import GenerationConfig
+
+from ctxprune.cache import PrunedCache
+from ctxprune.errors import UserError
+
+
+class Forgetting:
+    """What a retrofitted model's class has before its own."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *others, **more
+    ) -> None:
+        """Called by transformers' generate: puts the cache into model_kwargs."""
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic"):
+            raise UserError(f"cache_implementation={asked!r} cannot forget: leave it out")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            cache = PrunedCache()
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+
+
+def forgets(model: PreTrainedModel) -> None:
+    """Make `model.generate` use a PrunedCache."""
+    original = type(model)
+    model.__class__ = type(original.__name__, (Forgetting, original), {"__module__": original.__module__})

@@ -1,0 +1,152 @@
+"""Whose is each page of a layer? A pool that grows and shrinks with what its rows hold.
+
+Pages that are given out are always the first of the pool: a page that is given back is filled with the last one, so
+that memory can be returned at any time and a step on a CPU reads the pool as it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kernels.decode.pages import Pages, order_of
+
+GROWTH = 8
+"""A pool that is full grows by this part of itself at least, so that growing costs little per token."""
+STORED = ("keys", "values", "interaction", "drop_time", "guard", "position")
+"""What a page holds."""
+OF_A_ROW = ("table", "used", "free", "refused")
+
+
+class PoolFull(Exception):
+    """A pool may not grow as much as it would have to."""
+
+
+class PagePool:
+    """One layer's pages, and how many of them rows have. See kernels.Pages for what they hold."""
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        kv_heads: int,
+        width: int,
+        rank: int | None,
+        page: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        """For `rows` rows of which nothing is stored yet. rank: of the interaction keys; None without gates."""
+        self.pages = Pages.empty(
+            1, rows, 1, kv_heads=kv_heads, width=width, rank=rank, page=page, dtype=dtype, device=device
+        )
+        self.in_use = 0
+        """Pages given out."""
+        self.spare_pages: Callable[[], int] | None = None
+        """How many pages more the pool may have; None: as many as it likes."""
+        self._table_changed()
+
+    @property
+    def rows(self) -> int:
+        return len(self.pages.table)
+
+    @property
+    def gated(self) -> bool:
+        """Whether interaction keys are kept."""
+        return self.pages.interaction is not None
+
+    def given(self) -> Int[Tensor, " rows"]:
+        """Pages of each row."""
+        return (self.pages.table >= 0).sum(1)
+
+    def give(self, wanted: Int[Tensor, " rows"]) -> None:
+        """That many more pages to each row."""
+        total = int(wanted.sum())
+        if total == 0:
+            return
+        self.resize_for(self.in_use + total)
+        given = self.given()
+        most = int((given + wanted).max())
+        table = self.pages.table
+        if most > table.shape[1]:
+            table = torch.cat([table, table.new_full((len(table), most - table.shape[1]), -1)], 1)
+        row = torch.repeat_interleave(wanted)
+        first = (wanted.cumsum(0) - wanted)[row]
+        column = given[row] + torch.arange(total, device=row.device) - first
+        table[row, column] = torch.arange(self.in_use, self.in_use + total, device=row.device).to(table.dtype)
+        self.pages.table = table
+        self.in_use += total
+        self._table_changed()
+
+    def resize_for(self, wanted: int) -> None:
+        """A pool of at least so many pages. Raises PoolFull, having changed nothing, where it may not have them."""
+        capacity = len(self.pages.keys)
+        if wanted <= capacity:
+            return
+        growth = max(wanted - capacity, capacity // GROWTH)
+        if self.spare_pages is not None:
+            growth = min(growth, self.spare_pages())
+            if capacity + growth < wanted:
+                raise PoolFull
+        self._resize(capacity + growth)
+
+    def trim(self) -> None:
+        """No page in the pool that no row has."""
+        if len(self.pages.keys) > max(1, self.in_use):
+            self._resize(self.in_use)
+
+    def _resize(self, capacity: int) -> None:
+        """A pool of that many pages, at least one; those in use stay."""
+        capacity = max(1, capacity)
+        for name, buffer in self._stored():
+            kept = buffer[: self.in_use]
+            more = kept.new_full((capacity - len(kept), *kept.shape[1:]), -1 if name == "position" else 0)
+            setattr(self.pages, name, torch.cat([kept, more]))
+
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        for name in STORED:
+            buffer = getattr(self.pages, name)
+            if buffer is not None:
+                yield name, buffer
+
+    def take_back(self, back: Int[Tensor, " pages"]) -> None:
+        """Pages that no table names any more leave the pool: the last pages in use take their places."""
+        left = self.in_use - len(back)
+        kept = torch.ones(self.in_use, dtype=torch.bool, device=back.device)
+        kept[back] = False
+        hole, last = (~kept[:left]).nonzero().squeeze(1), kept[left:].nonzero().squeeze(1) + left
+        for _, buffer in self._stored():
+            buffer[hole] = buffer[last]
+        moved = torch.arange(self.in_use + 1, device=back.device)
+        moved[last] = hole
+        table = self.pages.table
+        self.pages.table = torch.where(table >= 0, moved[table.clamp(min=0).long()], -1).to(table.dtype)
+        self.pages.clear(torch.arange(left, self.in_use, device=back.device))
+        self.in_use = left
+        if len(self.pages.keys) - max(1, left) > left // 4:
+            self._resize(left)
+        self._table_changed()
+
+    def _table_changed(self) -> None:
+        """After every change of the table."""
+        self.pages.order = order_of(self.pages.table)
+
+    def bytes_per_token(self) -> int:
+        """Of a key, its value and its interaction key."""
+        pages, rank = self.pages, self.pages.interaction.shape[-1] if self.pages.interaction is not None else 0
+        return (2 * pages.keys.shape[1] * pages.keys.shape[3] + rank) * pages.keys.element_size()
+
+    def page_bytes(self) -> int:
+        """Of one page, integers included."""
+        return self.pages.page * (self.bytes_per_token() + 3 * 4)
+
+    def allocated_bytes(self) -> int:
+        """Of the pool."""
+        return len(self.pages.keys) * self.page_bytes()
+
+    def used_bytes(self) -> int:
+        """Of the pages that rows have."""
+        return self.in_use * self.page_bytes()
