@@ -261,7 +261,7 @@ class Batcher:
 
     def _make_room(self) -> None:
         """The next token of every row has its slot, or the youngest rows wait until it has."""
-        while not self.cache.fits_a_step():
+        while not self.cache.make_room():
             if len(self.running) == 1:
                 one = self.running[0]
                 raise UserError(

@@ -259,16 +259,22 @@ class PrunedCache(Cache):
         assert self.max_bytes is not None
         return max(0, self.max_bytes - self.allocated_bytes()) // self.held[0].page_bytes()
 
-    def fits_a_step(self) -> bool:
-        """Whether the next token of every row finds its page."""
+    def make_room(self) -> bool:
+        """Give every row the page that its next token needs in some layer; False, and nothing given, where the pool has
+        too few."""
         if self.max_bytes is None:
             return True
-        if self._pages_for_a_step() > self.spare_pages():
+        lacking = [layer.rows_without_room(self.lengths) for layer in self.held]
+        if not any(bool(rows.any()) for rows in lacking):
+            return True
+        wanted = list(zip(self.held, lacking, strict=True))
+        if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) > self.spare_pages():
             self.trim()
-        return self._pages_for_a_step() <= self.spare_pages()
-
-    def _pages_for_a_step(self) -> int:
-        return sum(layer.pages_for_a_step(self.lengths) for layer in self.held)
+        if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) > self.spare_pages():
+            return False
+        for layer, rows in wanted:
+            layer.give(rows.long(), exact=True)
+        return True
 
     def trim(self) -> None:
         """No page that no row has."""

@@ -100,15 +100,14 @@ class LayerCache(PagePool):
             self.plan = None
             self.pages.free.fill_(-1)  # known to the plan alone
 
-    def pages_for_a_step(self, step: Int[Tensor, " rows"]) -> int:
-        """By how many pages the pool must grow for the token of this step in every row."""
+    def rows_without_room(self, step: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+        """Which rows have no slot for the token of this step."""
         if self.pages.keys.is_cuda:
-            wanting = 0 if self.promised > 0 else int(self._lacking()[1].sum())
-        elif self.plan is not None and self.taken < self.plan.page.shape[1]:
-            wanting = 0
-        else:
-            wanting = int((self._takeable(step, True)[1] < 1).sum())
-        return max(0, self.in_use + wanting - len(self.pages.keys))
+            lacking = self._lacking()[1]
+            return lacking if self.promised == 0 else torch.zeros_like(lacking)
+        if self.plan is not None and self.taken < self.plan.page.shape[1]:
+            return torch.zeros(self.rows, dtype=torch.bool)
+        return self._takeable(step, True)[1] < 1
 
     def make_room_for(self, tokens: Int[Tensor, " rows"]) -> None:
         """Each row can take this many more tokens in its next slots."""

@@ -62,12 +62,12 @@ class PagePool:
         """Pages of each row."""
         return (self.pages.table >= 0).sum(1)
 
-    def give(self, wanted: Int[Tensor, " rows"]) -> None:
-        """That many more pages to each row."""
+    def give(self, wanted: Int[Tensor, " rows"], *, exact: bool = False) -> None:
+        """That many more pages to each row. exact: the pool grows by no more than these."""
         total = int(wanted.sum())
         if total == 0:
             return
-        self.resize_for(self.in_use + total)
+        self.resize_for(self.in_use + total, exact=exact)
         given = self.given()
         most = int((given + wanted).max())
         table = self.pages.table
@@ -81,17 +81,21 @@ class PagePool:
         self.in_use += total
         self._table_changed()
 
-    def resize_for(self, wanted: int) -> None:
+    def resize_for(self, wanted: int, *, exact: bool = False) -> None:
         """A pool of at least so many pages. Raises PoolFull, having changed nothing, where it may not have them."""
         capacity = len(self.pages.keys)
         if wanted <= capacity:
             return
-        growth = max(wanted - capacity, capacity // GROWTH)
+        growth = wanted - capacity if exact else max(wanted - capacity, capacity // GROWTH)
         if self.spare_pages is not None:
             growth = min(growth, self.spare_pages())
             if capacity + growth < wanted:
                 raise PoolFull
         self._resize(capacity + growth)
+
+    def growth_for(self, pages: int) -> int:
+        """By how many pages the pool must grow to give that many."""
+        return max(0, self.in_use + pages - len(self.pages.keys))
 
     def trim(self) -> None:
         """No page in the pool that no row has."""

@@ -1,7 +1,7 @@
 """Does it matter how tokens reach the cache? Rows of any lengths, fed in pieces of any size with padding at either
 side, permuted, joined by others and leaving, against one pass over each row alone: same logits, same kept sets.
 
-CTXPRUNE_CASES sets how many random cases are tried (200 by default).
+CTXPRUNE_CASES sets how many random cases are tried (400 by default).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ctxprune import PrunedCache
 from ctxprune.drop_time import forward_with_drop_times
 from tests.models import LAYERS, gated, small_model, tokens
 
-CASES = int(os.environ.get("CTXPRUNE_CASES", "200"))
+CASES = int(os.environ.get("CTXPRUNE_CASES", "400"))
 AT_ONCE = 20
 
 MODELS: dict[str, Callable] = {
@@ -29,7 +29,7 @@ MODELS: dict[str, Callable] = {
     "in depth": lambda: gated("llama", propagate_in_depth=True),
     "sliding": lambda: gated("mistral-sliding"),
     "window": lambda: ctxprune.retrofit(small_model("llama"), ctxprune.WindowConfig(widths=(3, 9, 17), sinks=1)),
-    "strided": lambda: ctxprune.retrofit(small_model("gpt2"), ctxprune.StridedConfig(blocks=(4, 5, 7), every=(1, 2, 1))),
+    "strided": lambda: ctxprune.retrofit(small_model("gpt2"), ctxprune.StridedConfig((4, 5, 7), (1, 2, 1))),
     "dense": lambda: ctxprune.retrofit(small_model("llama"), ctxprune.DenseConfig()),
 }
 
