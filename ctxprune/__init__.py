@@ -6,26 +6,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ctxprune.batching import Batcher
     from ctxprune.cache import PrunedCache
     from ctxprune.checkpoint import load, save
     from ctxprune.drop_time import DropTimes, drop_times
     from ctxprune.errors import UserError
     from ctxprune.generation import Generation, generate
+    from ctxprune.lossless import LosslessGeneration, generate_lossless
     from ctxprune.policies import DenseConfig, GateConfig, StridedConfig, WindowConfig
     from ctxprune.retrofitting import mode, retrofit, set_alpha
 
 # Looked up on first use: a mistake on the command line is answered before torch and transformers are loaded.
 _HOME = {
+    "Batcher": "batching",
     "DenseConfig": "policies",
     "DropTimes": "drop_time",
     "GateConfig": "policies",
     "Generation": "generation",
+    "LosslessGeneration": "lossless",
     "PrunedCache": "cache",
     "StridedConfig": "policies",
     "UserError": "errors",
     "WindowConfig": "policies",
     "drop_times": "drop_time",
     "generate": "generation",
+    "generate_lossless": "lossless",
     "load": "checkpoint",
     "mode": "retrofitting",
     "retrofit": "retrofitting",
@@ -33,16 +38,19 @@ _HOME = {
     "set_alpha": "retrofitting",
 }
 __all__ = [
+    "Batcher",
     "DenseConfig",
     "DropTimes",
     "GateConfig",
     "Generation",
+    "LosslessGeneration",
     "PrunedCache",
     "StridedConfig",
     "UserError",
     "WindowConfig",
     "drop_times",
     "generate",
+    "generate_lossless",
     "load",
     "mode",
     "retrofit",

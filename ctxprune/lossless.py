@@ -1,0 +1,264 @@
+"""How does a pruned model write exactly what it would write dense? It drafts for its own dense self.
+
+The pruned cache drafts a few tokens, one dense pass over the full cache verifies them all (speculative decoding, arXiv
+2211.17192 and 2302.01318; pruned caches as drafts: arXiv 2408.11049). Accepted drafts are what dense decoding would
+have written, in distribution, and token by token when greedy. Refused ones are taken back from both caches: keys,
+positions, and what they had dropped. How many drafts are accepted is an honest measure of what pruning costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ctxprune.cache import PrunedCache
+from ctxprune.errors import UserError
+from ctxprune.prefill import prefill
+from ctxprune.prompts import check_prompt
+from ctxprune.retrofitting import mode, state_of
+from ctxprune.sampling import Sampling, probabilities
+from ctxprune.speculation import DraftLength
+
+
+@dataclass(frozen=True)
+class LosslessGeneration:
+    """tokens: the new tokens of each prompt; drafted, accepted: tokens, over all rows; passes: dense passes that
+    verified; steps: pruned steps that drafted; expected_speedup: over dense decoding by the bytes both move, at the
+    acceptance found (below 1 this mode loses: the cache does not outweigh the weights, or drafts are refused)."""
+
+    tokens: list[Int[Tensor, " _"]]
+    drafted: int
+    accepted: int
+    passes: int
+    steps: int
+    expected_speedup: float
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that dense decoding would have written; NaN when none was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+
+class Draws(Protocol):
+    """Where one row's randomness comes from."""
+
+    def uniform(self) -> float:
+        """A number in [0, 1)."""
+
+    def pick(self, probability: Float[Tensor, " vocab"]) -> int:
+        """An index, by these probabilities."""
+
+
+class GeneratorDraws:
+    """From a generator of torch."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def uniform(self) -> float:
+        device = self.generator.device
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64, device=device))
+
+    def pick(self, probability: Tensor) -> int:
+        if int((probability > 0).sum()) == 1:
+            return int(probability.argmax())
+        return int(torch.multinomial(probability, 1, generator=self.generator))
+
+
+def settle(
+    drafts: list[int], proposed: Float[Tensor, "drafts vocab"], exact: Float[Tensor, "more vocab"], draws: Draws
+) -> list[int]:
+    """What is written of one row's drafts: those accepted, and one token more.
+
+    proposed: what each draft was drawn from; exact: what dense decoding draws from at each of these places and after.
+    A draft d is accepted with probability min(1, exact(d) / proposed(d)); instead of the first one refused comes a
+    token drawn from max(exact - proposed, 0), normalised (arXiv 2211.17192, theorem 1: the result is distributed as
+    exact). If all are accepted the next one is drawn from exact itself.
+    """
+    for place, token in enumerate(drafts):
+        p, q = exact[place], proposed[place]
+        if draws.uniform() * float(q[token]) >= float(p[token]):
+            left = (p - q).clamp(min=0)
+            # Rounding may leave nothing where both are the same: then dense draws from exact.
+            left = left / left.sum() if float(left.sum()) > 0 else p
+            return [*drafts[:place], draws.pick(left)]
+    return [*drafts, draws.pick(exact[len(drafts)])]
+
+
+@dataclass(eq=False)
+class _Row:
+    """One prompt in flight. pending: its last tokens, which the drafting cache has not seen yet."""
+
+    index: int
+    draws: Draws
+    pending: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """The token that neither cache has seen."""
+        return self.tokens[-1]
+
+
+@torch.inference_mode()
+def generate_lossless(
+    model,
+    input_ids: Int[Tensor, "batch n"] | list[Int[Tensor, " _"]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | None = None,
+    draft: int | None = None,
+    prefill_chunk: int = 512,
+    on_token: Callable[[int, int], None] | None = None,
+) -> LosslessGeneration:
+    """Continue prompts exactly as the dense model would, with the pruned one drafting. Arguments as ctxprune.generate.
+
+    draft: tokens per round, or None: as many as pay at the acceptance so far. It keeps the full cache beside the pruned
+    one, so it saves time and never memory. Greedy text is that of dense decoding; sampled text is distributed as it,
+    but which sample a seed gives depends on the drafts.
+
+    Raises UserError as ctxprune.generate does, and for draft < 1.
+    """
+    how = Sampling(temperature, top_k, top_p, seed)
+    if draft is not None and draft < 1:
+        raise UserError(f"draft is {draft}: give at least 1, or None to let it adapt")
+    prompts = [row for row in input_ids]
+    if not prompts:
+        raise UserError("the prompt is empty: give at least one token")
+    for prompt in prompts:
+        check_prompt(model, prompt, max_new_tokens)
+    if state_of(model).mode == "dense":
+        raise UserError("this model is in dense mode, and has nothing that could draft: leave ctxprune.mode")
+    was_training = model.training
+    model.eval()
+    try:
+        session = _Session(model, prompts, how, prefill_chunk, DraftLength(model, draft))
+        while session.rows:
+            session.write(max_new_tokens, eos_token_id, on_token)
+    finally:
+        model.train(was_training)
+    return session.result()
+
+
+class _Session:
+    """The two caches, and the rows that are not finished."""
+
+    def __init__(self, model, prompts: list[Tensor], how: Sampling, chunk: int, length: DraftLength):
+        self.model, self.how, self.length = model, how, length
+        device = next(model.parameters()).device
+        self.full, self.pruned = PrunedCache(), PrunedCache()
+        with mode(model, "dense"):
+            logits = prefill(model, self.full, prompts, chunk)
+        with mode(model, "hard"):
+            prefill(model, self.pruned, prompts, chunk)
+        # The prompt is final; what comes now may be taken back.
+        self.full.reversible = self.pruned.reversible = True
+        self.rows = [
+            _Row(row, GeneratorDraws(torch.Generator(device=device).manual_seed(how.seed + row)))
+            for row in range(len(prompts))
+        ]
+        self.finished: dict[int, list[int]] = {}
+        self.passes = self.steps = 0
+        self.first: Tensor | None = logits
+
+    def write(self, most: int, end: int | None, on_token: Callable[[int, int], None] | None) -> None:
+        """One round: drafts, one dense pass, and what comes of it in every row."""
+        if self.first is not None:
+            exact, self.first = self._exact(self.first), None
+            written = [[row.draws.pick(exact[place])] for place, row in enumerate(self.rows)]
+            for row, tokens in zip(self.rows, written, strict=True):
+                row.pending = list(tokens)
+        else:
+            written = self._round(most)
+        for row, tokens in zip(self.rows, written, strict=True):
+            for token in tokens[: most - len(row.tokens)]:
+                row.tokens.append(token)
+                if on_token is not None:
+                    on_token(row.index, token)
+                if token == end:
+                    break
+        going = [place for place, row in enumerate(self.rows) if len(row.tokens) < most and row.tokens[-1:] != [end]]
+        if len(going) < len(self.rows):
+            self.finished |= {row.index: row.tokens for place, row in enumerate(self.rows) if place not in going}
+            self.rows = [self.rows[place] for place in going]
+            for cache in (self.full, self.pruned):
+                if going:
+                    cache.select(torch.tensor(going))
+
+    def _round(self, most: int) -> list[list[int]]:
+        """What each row writes of this round's drafts."""
+        left = most - max(len(row.tokens) for row in self.rows)
+        count = min(self.length.best(self.full, self.pruned), left - 1)
+        drafts, proposed = self._draft(count)
+        before = self.full.lengths.clone()
+        fed = torch.tensor([[row.last, *drafts[place]] for place, row in enumerate(self.rows)])
+        with mode(self.model, "dense"):
+            exact = self._exact(self._feed(self.full, fed))
+        self.passes += 1
+        written = []
+        for place, row in enumerate(self.rows):
+            written.append(settle(drafts[place], proposed[place], exact[place], row.draws))
+            self.length.learn(len(drafts[place]), len(written[-1]) - 1)
+        accepted = torch.tensor([len(tokens) - 1 for tokens in written], device=before.device)
+        self.full.rewind(before + 1 + accepted)
+        # The drafting cache never saw the last draft: where all were accepted it is still to come.
+        for place, row in enumerate(self.rows):
+            final = [*row.pending, *written[place][:-1]]
+            seen = min(len(final), len(row.pending) + count - 1) if count else 0
+            row.pending = [*final[seen:], written[place][-1]]
+        self.pruned.rewind(torch.minimum(before + 1 + accepted, self.pruned.lengths))
+        return written
+
+    def _draft(self, count: int) -> tuple[list[list[int]], Tensor]:
+        """`count` drafts per row and what they were drawn from, (rows, count, vocab)."""
+        drafts: list[list[int]] = [[] for _ in self.rows]
+        proposed: list[Tensor] = []
+        for step in range(count):
+            with mode(self.model, "hard"):
+                logits = self._feed(self.pruned, *self._pending() if step == 0 else (_column(drafts),))
+            self.steps += 1
+            proposed.append(self._exact(logits[:, -1:])[:, 0])
+            for place, row in enumerate(self.rows):
+                drafts[place].append(row.draws.pick(proposed[-1][place]))
+        vocab = self.model.config.vocab_size
+        return drafts, torch.stack(proposed, 1) if proposed else torch.zeros(len(self.rows), 0, vocab)
+
+    def _pending(self) -> tuple[Tensor, Tensor | None]:
+        """What the drafting cache has not seen, padded on the left, and where it is real."""
+        most = max(len(row.pending) for row in self.rows)
+        ids, real = torch.zeros(2, len(self.rows), most, dtype=torch.long)
+        for place, row in enumerate(self.rows):
+            ids[place, most - len(row.pending) :] = torch.tensor(row.pending)
+            real[place, most - len(row.pending) :] = 1
+        return ids, None if bool(real.all()) else real
+
+    def _feed(self, cache: PrunedCache, ids: Tensor, real: Tensor | None = None) -> Float[Tensor, "rows n vocab"]:
+        device = cache.lengths.device
+        real = real if real is None else real.to(device)
+        column = torch.arange(ids.shape[1], device=device) if real is None else (real.cumsum(1) - 1).clamp(min=0)
+        position = cache.lengths[:, None] + column
+        inputs = {"position_ids": position, "attention_mask": real, "past_key_values": cache, "use_cache": True}
+        return self.model(ids.to(device), **inputs).logits
+
+    def _exact(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, self.how)
+
+    def result(self) -> LosslessGeneration:
+        tokens = [torch.tensor(self.finished[index]) for index in sorted(self.finished)]
+        length = self.length
+        return LosslessGeneration(
+            tokens, length.drafted, length.accepted, self.passes, self.steps, length.expected_speedup
+        )
+
+
+def _column(drafts: list[list[int]]) -> Int[Tensor, "rows 1"]:
+    return torch.tensor([[row[-1]] for row in drafts])

@@ -1,0 +1,55 @@
+"""How many tokens should be drafted? As many as pay, by the bytes that drafting and verifying move.
+
+With acceptance a per token, g drafts and their verification write (1 - a^(g+1)) / (1 - a) tokens on average (arXiv
+2211.17192, eq. 1), and cost g c + v steps of dense decoding. A step is bound by what it reads, so with r bytes of full
+cache per byte of weights, of which the pruned cache keeps the share k, a draft costs c = (1 + k r) / (1 + r).
+"""
+
+from __future__ import annotations
+
+from ctxprune.cache import PrunedCache
+
+VERIFYING = 1.15
+"""Cost of verifying, in dense steps: it reads what one step reads and computes for a few tokens."""
+FIRST_GUESS = 0.8
+"""Acceptance before anything was drafted."""
+MEMORY = 0.9
+"""Weight of what was known before, per token drafted."""
+MOST = 16
+"""Drafts at most."""
+
+
+def speedup(acceptance: float, drafts: int, draft_cost: float) -> float:
+    """Over dense decoding, which writes one token per step."""
+    written = sum(acceptance**place for place in range(drafts + 1))
+    return written / (drafts * draft_cost + (VERIFYING if drafts else 1.0))
+
+
+class DraftLength:
+    """How many drafts this round, from what became of those before."""
+
+    def __init__(self, model, fixed: int | None = None):
+        self.fixed = fixed
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.acceptance, self.draft_cost = FIRST_GUESS, 1.0
+        self.drafted = self.accepted = 0
+
+    def best(self, full: PrunedCache, pruned: PrunedCache) -> int:
+        """Drafts for the next round: those that are expected to pay most, at least one, so that acceptance is known."""
+        everything, kept = full.live_bytes(), pruned.live_bytes()
+        self.draft_cost = (self.weight_bytes + kept) / (self.weight_bytes + everything)
+        if self.fixed is not None:
+            return self.fixed
+        return max(range(1, MOST + 1), key=lambda drafts: speedup(self.acceptance, drafts, self.draft_cost))
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """So many of one row's drafts were accepted, and the next one, if there was one, refused."""
+        self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+        for outcome in [1.0] * accepted + [0.0] * (accepted < drafted):
+            self.acceptance = MEMORY * self.acceptance + (1 - MEMORY) * outcome
+
+    @property
+    def expected_speedup(self) -> float:
+        """At the acceptance so far, with as many drafts as pay most (or as many as were asked for)."""
+        choices = range(1, MOST + 1) if self.fixed is None else [self.fixed]
+        return max(speedup(self.acceptance, drafts, self.draft_cost) for drafts in choices)
