@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ctxprune.batching import Batcher
     from ctxprune.cache import PrunedCache
+    from ctxprune.cascade import Cascade
     from ctxprune.checkpoint import load, save
     from ctxprune.drop_time import DropTimes, drop_times
     from ctxprune.errors import UserError
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     from ctxprune.lossless import LosslessGeneration, generate_lossless
     from ctxprune.policies import DenseConfig, GateConfig, StridedConfig, WindowConfig
     from ctxprune.retrofitting import mode, retrofit, set_alpha
+    from ctxprune.revival import Alarm
 
 # Looked up on first use: a mistake on the command line is answered before torch and transformers are loaded.
 _HOME = {
+    "Alarm": "revival",
     "Batcher": "batching",
+    "Cascade": "cascade",
     "DenseConfig": "policies",
     "DropTimes": "drop_time",
     "GateConfig": "policies",
@@ -38,7 +42,9 @@ _HOME = {
     "set_alpha": "retrofitting",
 }
 __all__ = [
+    "Alarm",
     "Batcher",
+    "Cascade",
     "DenseConfig",
     "DropTimes",
     "GateConfig",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -23,6 +23,7 @@ from ctxprune.page_pool import PoolFull
 from ctxprune.prefill import prefill, stacked
 from ctxprune.prompts import check_prompt, page_bytes
 from ctxprune.retrofitting import mode, state_of
+from ctxprune.revival import Alarm
 from ctxprune.sampling import Sampling, pick
 
 SIMILAR = 1.25
@@ -72,9 +73,11 @@ class Batcher:
         max_live_tokens: int | None = None,
         prefill_chunk: int = 512,
         page: int = 64,
+        alarm: Alarm | None = None,
     ):
         """max_batch: rows that run at once; max_cache_bytes: of all pages of keys, values and interaction keys;
-        max_live_tokens: keys per row and layer; prefill_chunk: prompt tokens per pass, 0 for whole prompts.
+        max_live_tokens: keys per row and layer; prefill_chunk: prompt tokens per pass, 0 for whole prompts; alarm:
+        bring dropped keys back where a query may need them.
 
         Raises UserError for settings out of range, and a pool that no sequence fits in.
         """
@@ -85,7 +88,7 @@ class Batcher:
             raise UserError(f"prefill_chunk is {prefill_chunk}: give 0 (whole prompts) or a positive number")
         self.model, self.dense = model, state_of(model).mode == "dense"
         self.max_batch, self.max_cache_bytes, self.prefill_chunk = max_batch, max_cache_bytes, prefill_chunk
-        self.page, self.max_live_tokens = page, max_live_tokens
+        self.page, self.max_live_tokens, self.alarm = page, max_live_tokens, alarm
         least = page_bytes(model, page) * state_of(model).layers
         if max_cache_bytes is not None and max_cache_bytes < least:
             raise UserError(f"max_cache_bytes is {max_cache_bytes}: one sequence takes at least {least}, give more")
@@ -158,9 +161,11 @@ class Batcher:
         self.steps += 1
         return ended
 
-    def _new_cache(self, max_bytes: int | None = None) -> PrunedCache:
+    def _new_cache(self, max_bytes: int | None = None, *, reading: bool = False) -> PrunedCache:
         most = self.max_cache_bytes if max_bytes is None else max_bytes
-        return PrunedCache(page=self.page, max_live_tokens=self.max_live_tokens, max_bytes=most)
+        # Each cache has an alarm of its own; the one that was given is that of the running batch.
+        alarm = self.alarm if self.alarm is None or not reading else replace(self.alarm, cold=[])
+        return PrunedCache(page=self.page, max_live_tokens=self.max_live_tokens, max_bytes=most, alarm=alarm)
 
     # Reading prompts.
     def _admit(self) -> None:
@@ -202,7 +207,7 @@ class Batcher:
         """Read their prompts in a cache of their own and let them join; if the pool is full, False: they wait on."""
         self.cache.trim()
         left = None if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.allocated_bytes()
-        cache = self._new_cache(left)
+        cache = self._new_cache(left, reading=True)
         cache.pinned = stacked([one.pinned for one in group])
         try:
             logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk)

@@ -6,59 +6,23 @@ was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
 
+from ctxprune.cold_store import archive
 from ctxprune.errors import UserError
 from ctxprune.layer_cache import LayerCache
+from ctxprune.new_tokens import Arrival, NewTokens
+from ctxprune.revival import Alarm
 
 SHRINK_EVERY = 32
 """Steps between two looks at whether pages can be given back."""
 SPARE = 0.25
 """Part of a row's pages that it may hold in vain before they are."""
-
-
-@dataclass
-class Arrival:
-    """What the wrapper decided about the tokens of a first pass, until the layer's keys and values arrive.
-
-    step: (batch, n) position of each token that is to be stored, negative for the others; guard, drop_time: as
-    kernels.extend_attention takes them.
-    """
-
-    interaction: Tensor | None
-    step: Int[Tensor, "batch n"]
-    guard: Int[Tensor, "batch n"]
-    drop_time: Int[Tensor, "batch n"]
-
-
-@dataclass
-class NewTokens:
-    """What the layers share of the tokens of a call. All (batch, n), but length (batch,).
-
-    position: true positions; real: False at padding, None without any; step: position, -1 at padding; guard: first step
-    whose gate may drop each; never: drop times of tokens that nothing drops; pinned: which no rule drops; length:
-    positions seen after the call.
-    """
-
-    position: Int[Tensor, "batch n"]
-    real: Bool[Tensor, "batch n"] | None
-    step: Int[Tensor, "batch n"]
-    guard: Int[Tensor, "batch n"]
-    never: Int[Tensor, "batch n"]
-    pinned: Bool[Tensor, "batch n"] | None
-    length: Int[Tensor, " batch"]
-
-    @cached_property
-    def single(self) -> tuple[Tensor, Tensor, Tensor]:
-        """step, guard and never of each row's only token: (batch,)."""
-        return self.step[:, 0], self.guard[:, 0], self.never[:, 0]
 
 
 class PrunedCache(Cache):
@@ -76,11 +40,13 @@ class PrunedCache(Cache):
         pinned: Bool[Tensor, "rows positions"] | None = None,
         reversible: bool = False,
         max_bytes: int | None = None,
+        alarm: Alarm | None = None,
     ):
         """page: slots per page (16, 32, 64 or 128). max_live_tokens: keys per row and layer, the newest included, that
         are never exceeded; the policy's own ranking says who goes. pinned: positions that nothing ever drops.
         reversible: keep what is needed for `crop` (dropped keys keep their slots until then). max_bytes: of all pages
-        together; what would take more raises ctxprune.page_pool.PoolFull.
+        together; what would take more raises ctxprune.page_pool.PoolFull. alarm: bring dropped keys back where a query
+        may need them (its own counters are raised).
 
         Raises UserError for a page size or cap out of range.
         """
@@ -88,6 +54,11 @@ class PrunedCache(Cache):
             raise UserError(f"page is {page}: choose 16, 32, 64 or 128 slots")
         if max_live_tokens is not None and max_live_tokens < 1:
             raise UserError(f"max_live_tokens is {max_live_tokens}: give at least 1")
+        if alarm is not None and (max_live_tokens is not None or reversible or max_bytes is not None):
+            raise UserError("an alarm brings keys back: it goes with no cap, no fixed pool and no reversible cache")
+        self.alarm = alarm
+        if alarm is not None:
+            alarm.cold = []
         self.held: list[LayerCache] = []
         self.length: Tensor | None = None
         """(rows,) positions each row has seen: that of its next token."""
@@ -155,6 +126,8 @@ class PrunedCache(Cache):
             layer.pages.store(
                 key_states, value_states, arrival.interaction, arrival.step, arrival.guard, arrival.drop_time
             )
+            if self.alarm is not None:
+                archive(layer, self.alarm.store_of(layer_idx, layer), (self.new.length - 1).int())
         return key_states, value_states
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -178,6 +151,8 @@ class PrunedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
+        if self.alarm is not None:
+            self.alarm.cold = []
         self.held, self.end_of, self.endless, self.length, self.seen = [], [], [], None, 0
 
     # What generation asks of it.
@@ -214,7 +189,7 @@ class PrunedCache(Cache):
         if self.length is None:
             return
         rows = rows.to(self.length.device)
-        for layer in self.held:
+        for layer in [*self.held, *self._cold()]:
             layer.select(rows)
         self.length = self.length[rows]
         self.pinned = None if self.pinned is None else self.pinned[rows.to(self.pinned.device)]
@@ -225,10 +200,12 @@ class PrunedCache(Cache):
         if not self.held:
             self.held, self.length = other.held, other.length
             self.end_of, self.endless = other.end_of, other.endless
+            if self.alarm is not None and other.alarm is not None:
+                self.alarm.cold = other.alarm.cold
             for layer in self.held:
                 layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
         else:
-            for ours, theirs in zip(self.held, other.held, strict=True):
+            for ours, theirs in zip([*self.held, *self._cold()], [*other.held, *other._cold()], strict=True):
                 ours.absorb(theirs)
                 theirs.pages = ours.pages  # their own are free to go
             self.length = torch.cat([self.lengths, other.lengths])
@@ -252,6 +229,9 @@ class PrunedCache(Cache):
     def live_bytes(self) -> int:
         """Bytes of the live keys, values and interaction keys."""
         return sum(layer.bytes_per_token() * int(layer.pages.live(self.last).sum()) for layer in self.held)
+
+    def _cold(self) -> Sequence[LayerCache]:
+        return [] if self.alarm is None else self.alarm.cold
 
     # A pool of fixed size.
     def spare_pages(self) -> int:

@@ -16,8 +16,10 @@ from torch import Tensor
 import kernels
 from ctxprune.cache import PrunedCache
 from ctxprune.capping import enforce
+from ctxprune.cold_store import archive
 from ctxprune.layer_cache import LayerCache
 from ctxprune.policies import PolicyConfig
+from ctxprune.revival import attend_again, revive
 from ctxprune.visibility import Layout, guards
 
 Mode = Literal["auto", "soft", "hard", "dense"]
@@ -117,10 +119,13 @@ class Cached:
         layer.make_room_for((new.step >= 0).sum(1))
         gate_query, gate_key, beta = self.gates or (None, None, None)
         drop_time = new.never if self.drop_time is None else self.drop_time
-        return kernels.extend_attention(
+        output = kernels.extend_attention(
             query, key, value, gate_query, gate_key, beta, new.step, layer.pages,
             guard=new.guard, drop_time=drop_time, scale=scale,
         )  # fmt: skip
+        if cache.alarm is not None:
+            archive(layer, cache.alarm.store_of(self.index, layer), (new.length - 1).int())
+        return output
 
     def _one(self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, i: int) -> Tensor:
         """Token i alone: (batch, heads, 1, width)."""
@@ -139,8 +144,14 @@ class Cached:
         layer.make_room(step, idle=new.real is not None, again=not cache.reversible)
         if cache.reversible:
             layer.pages.free.fill_(-1)  # slots of dropped keys may have to come back
+        now = query[:, :, i]
         output = kernels.decode_attention(
-            query[:, :, i], key[:, :, i], value[:, :, i], gate_query, gate_key, beta, step, layer.pages,
+            now, key[:, :, i], value[:, :, i], gate_query, gate_key, beta, step, layer.pages,
             guard=guard, drop_time=drop_time, scale=scale, check=False,
         )  # fmt: skip
+        if cache.alarm is not None:
+            cold = cache.alarm.store_of(self.index, layer)
+            archive(layer, cold, step)
+            if revive(cache.alarm, layer, cold, now, step, scale):
+                output = attend_again(layer, now, step, scale)
         return output[:, :, None]

@@ -14,9 +14,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 import kernels
-from ctxprune.cache import Arrival, NewTokens, PrunedCache
+from ctxprune.cache import PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
+from ctxprune.new_tokens import Arrival, NewTokens
 from ctxprune.policies.rule import FOREVER
 from ctxprune.visibility import Layout, ends, layout
 from kernels.decode.pages import NEVER
@@ -33,6 +34,8 @@ def decide(
     if wrapper.layer_idx == 0:
         cache.new = _new_tokens(cache, wrapper, hidden, position_ids, padding)
     new = cache.new
+    if cache.alarm is not None and wrapper.state.propagate_in_depth:
+        raise UserError("an alarm does not go with propagate_in_depth: what came back would be dropped from above")
     gates = wrapper.gate(hidden) if wrapper.gate is not None else None
     first, drop_time = wrapper.layer_idx >= len(cache.held), None
     if first or not cache.endless[wrapper.layer_idx]:
@@ -117,7 +120,7 @@ def _first_pass(
         row = wrapper.inherit(kernels.drop_times(*gates, guard=guards, end=row))
     last = _last_end(plan, new.real)
     drop_time = new.never if drop_time is None else drop_time
-    if cache.reversible:
+    if cache.reversible or cache.alarm is not None:
         # All are kept, with the position of the query that dropped them.
         dropped = position.gather(1, row.clamp(max=n - 1)).to(torch.int32)
         drop_time = torch.where(row < last, torch.minimum(dropped, drop_time), drop_time)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ctxprune.batching import Batcher
 from ctxprune.errors import UserError
+from ctxprune.revival import Alarm
 from ctxprune.sampling import Sampling
 
 
@@ -40,6 +41,7 @@ def generate(
     max_cache_bytes: int | None = None,
     max_batch: int = 64,
     prefill_chunk: int = 512,
+    alarm: Alarm | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Continue prompts with the dropped context physically gone.
@@ -49,7 +51,8 @@ def generate(
     leave. Each row samples with its own generator (seed + row), so its output never depends on its neighbours.
     pinned: spans of positions [start, end) that are never dropped, in every prompt. max_live_tokens: keys that a row
     may hold per layer; beyond it go those that the policy ranks lowest. prefill_chunk: prompt tokens per pass, 0 for
-    whole prompts; any chunk gives the same result. on_token(row, token) is called for each token as it is written.
+    whole prompts; any chunk gives the same result. alarm: an Alarm brings dropped keys back where a query may need
+    them (approximate; it keeps what was dropped). on_token(row, token) is called for each token as it is written.
 
     Raises UserError for an empty prompt, max_new_tokens < 1, a prompt that with its continuation is longer than the
     model's positions, sampling settings out of range, or a pool too small for one sequence.
@@ -63,6 +66,7 @@ def generate(
         max_cache_bytes=max_cache_bytes,
         max_live_tokens=max_live_tokens,
         prefill_chunk=prefill_chunk,
+        alarm=alarm,
     )
     requests = [
         batcher.submit(

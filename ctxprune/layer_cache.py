@@ -135,7 +135,9 @@ class LayerCache(PagePool):
         old, new = (
             (table[row[moves], where[moves] // pages.page], where[moves] % pages.page) for where in (slot, target)
         )
-        for name, buffer in self._stored():
+        for holder, name, buffer in self.buffers():
+            if holder is not pages:
+                continue  # of the whole page
             if name in ("keys", "values"):
                 buffer[new[0], :, new[1]] = buffer[old[0], :, old[1]]
             else:
@@ -179,7 +181,7 @@ class LayerCache(PagePool):
             source = theirs[theirs >= 0].long()
             self.resize_for(self.in_use + len(source))
             copies = torch.arange(self.in_use, self.in_use + len(source), device=rows.device)
-            for _, buffer in self._stored():
+            for _, _, buffer in self.buffers():
                 buffer[copies] = buffer[source]
             theirs[theirs >= 0] = copies.to(theirs.dtype)
             self.pages.table[again] = theirs
@@ -190,8 +192,8 @@ class LayerCache(PagePool):
         ours, theirs = self.pages, other.pages
         if self.in_use + other.in_use > len(ours.keys):
             self._resize(self.in_use + other.in_use)  # whoever filled the other had the room
-        for name, buffer in self._stored():
-            buffer[self.in_use : self.in_use + other.in_use] = getattr(theirs, name)[: other.in_use]
+        for (_, _, buffer), (_, _, given) in zip(self.buffers(), other.buffers(), strict=True):
+            buffer[self.in_use : self.in_use + other.in_use] = given[: other.in_use]
         table = torch.where(theirs.table >= 0, theirs.table + self.in_use, -1)
         most = max(ours.table.shape[1], table.shape[1])
         ours.table = torch.cat([_wider(ours.table, most), _wider(table, most)])

@@ -105,16 +105,17 @@ class PagePool:
     def _resize(self, capacity: int) -> None:
         """A pool of that many pages, at least one; those in use stay."""
         capacity = max(1, capacity)
-        for name, buffer in self._stored():
+        for holder, name, buffer in self.buffers():
             kept = buffer[: self.in_use]
             more = kept.new_full((capacity - len(kept), *kept.shape[1:]), -1 if name == "position" else 0)
-            setattr(self.pages, name, torch.cat([kept, more]))
+            setattr(holder, name, torch.cat([kept, more]))
 
-    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+    def buffers(self) -> Iterator[tuple[object, str, Tensor]]:
+        """All that exists once per page: (whose attribute, its name, (pages, ...))."""
         for name in STORED:
             buffer = getattr(self.pages, name)
             if buffer is not None:
-                yield name, buffer
+                yield self.pages, name, buffer
 
     def take_back(self, back: Int[Tensor, " pages"]) -> None:
         """Pages that no table names any more leave the pool: the last pages in use take their places."""
@@ -122,7 +123,7 @@ class PagePool:
         kept = torch.ones(self.in_use, dtype=torch.bool, device=back.device)
         kept[back] = False
         hole, last = (~kept[:left]).nonzero().squeeze(1), kept[left:].nonzero().squeeze(1) + left
-        for _, buffer in self._stored():
+        for _, _, buffer in self.buffers():
             buffer[hole] = buffer[last]
         moved = torch.arange(self.in_use + 1, device=back.device)
         moved[last] = hole
