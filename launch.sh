@@ -20,6 +20,8 @@ usage: ./launch.sh [VERB [SETTING=VALUE ...]]
   benchmark  decoding speed and memory, pruned against dense
                ./launch.sh benchmark checkpoint=FOLDER benchmark.batch=32
                ./launch.sh benchmark target=kernels (one attention layer beside its peers)
+               ./launch.sh benchmark target=generation (whole models beside transformers)
+               ./launch.sh benchmark target=feedback checkpoint=FOLDER (alarm and lossless mode)
   generate   continue a prompt
                ./launch.sh generate checkpoint=FOLDER generate.prompt='def main('
   report     table and plots of a sweep

@@ -186,7 +186,7 @@ class Batcher:
             lengths = [len(one.text()), *(len(other.text()) for other in group)]
             if max(lengths) > SIMILAR * min(lengths):
                 break
-            room -= self._expected(one)
+            room -= self._expected(one) + self._chunk_bytes(one)
             if room < 0 and (self.running or group):
                 break
             group.append(self.waiting.popleft())
@@ -203,6 +203,11 @@ class Batcher:
         tokens = self.kept * len(one.text()) + page / 2
         return tokens / page * page_bytes(self.model, page) * layers
 
+    def _chunk_bytes(self, one: Request) -> float:
+        """Bytes that a chunk takes in the layer that is reading it, before what it drops is gone."""
+        length = len(one.text())
+        return page_bytes(self.model, self.page) * (min(length, self.prefill_chunk or length) / self.page + 1)
+
     def _read(self, group: list[Request]) -> bool:
         """Read their prompts in a cache of their own and let them join; if the pool is full, False: they wait on."""
         self.cache.trim()
@@ -212,12 +217,12 @@ class Batcher:
         try:
             logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk)
         except PoolFull:
+            self.kept = min(1.0, 1.5 * self.kept)
             self.waiting.extendleft(reversed(group))
-            if self.running:
-                self.kept = min(1.0, 1.5 * self.kept)
-                return False
             if len(group) > 1:
-                return self._read([self.waiting.popleft()])
+                return self._read([self.waiting.popleft() for _ in range(len(group) // 2)])
+            if self.running:
+                return False
             self.waiting.popleft()
             raise UserError(
                 f"max_cache_bytes is {self.max_cache_bytes}: too small for the request of {len(group[0].text())} "

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 import kernels
-from ctxprune.cache import PrunedCache
+from ctxprune.cache import SPARE, PrunedCache
 from ctxprune.capping import enforce
 from ctxprune.cold_store import archive
 from ctxprune.layer_cache import LayerCache
@@ -95,7 +95,7 @@ class Cached:
     """Attention of new tokens (`cache.new`) over what a layer's cache holds, which takes them in.
 
     gates: interaction query, key (batch, n, rank) and beta, or None; drop_time: (batch, n) int32, of the tokens by
-    themselves; None: never; in_depth: what the layer above drops is dropped here.
+    themselves; None: never; in_depth: what a layer drops is dropped in those below.
     """
 
     cache: PrunedCache
@@ -107,7 +107,7 @@ class Cached:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query (batch, heads, n, width) -> (batch, heads, n, width)."""
         cache, layer, new, n = self.cache, self.cache.held[self.index], self.cache.new, query.shape[2]
-        if self.in_depth:
+        if self.in_depth and self.index > 0:
             times = cache.held[self.index - 1].times()
             layer.inherit(times)
             own = times.gather(1, new.step.clamp(min=0).long())
@@ -125,6 +125,9 @@ class Cached:
         )  # fmt: skip
         if cache.alarm is not None:
             archive(layer, cache.alarm.store_of(self.index, layer), (new.length - 1).int())
+        if not (self.in_depth or cache.reversible):
+            # Only one layer at a time holds what a chunk brought and dropped (in depth those below must know of it).
+            layer.compact(new.length - 1, SPARE)
         return output
 
     def _one(self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, i: int) -> Tensor:

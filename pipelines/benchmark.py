@@ -1,15 +1,18 @@
 """How fast does a saved model decode, and how much memory does its cache take? Against itself without pruning.
 
-target=kernels times one attention layer against its peers instead (pipelines.kernel_benchmark).
+target=kernels times one attention layer against its peers instead (pipelines.kernel_benchmark), target=generation whole
+models that write text, beside other engines (pipelines.generation_benchmark), target=feedback what the loops that
+correct a pruned model buy (pipelines.feedback_benchmark).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines import kernel_benchmark, output
+from ctxprune import checkpoint
+from pipelines import feedback_benchmark, generation_benchmark, kernel_benchmark, output
 from pipelines.config import Config
-from pipelines.decoding_benchmark import measure
+from pipelines.decoding_benchmark import measure, text_of
 from pipelines.evaluate import as_trained, corpus_for
 from pipelines.machine import machine, versions
 from pipelines.models import trained
@@ -17,13 +20,17 @@ from pipelines.progress import Bars
 
 
 def main(config: Config, overrides: list[str]) -> int:
-    """The verb: one record on stdout, or one per peer and problem for the kernels."""
+    """The verb: one record on stdout, or many for the kernels and for generation."""
     if config.benchmark.target == "kernels":
         return kernel_benchmark.main(config)
+    if config.benchmark.target == "generation":
+        return generation_benchmark.main(config, overrides)
     folder = trained(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:
         data = corpus_for(config, folder, bars)
+        if config.benchmark.target == "feedback":
+            return _feedback(config, folder, data)
         with bars.task("benchmark (repeats)", config.benchmark.repeats) as advance:
             speed = measure(folder, data, config.benchmark, advance)
     settings = vars(config.benchmark)
@@ -39,4 +46,13 @@ def main(config: Config, overrides: list[str]) -> int:
         f"{speed['cache_bytes'] / speed['cache_bytes_dense']:20.3f} x cache"
     )
     output.emit(record, config.format, text)
+    return 0
+
+
+def _feedback(config: Config, folder: Path, data: Path) -> int:
+    settings = config.benchmark
+    about = {"checkpoint": folder.name, "benchmark": vars(settings), "machine": machine(), "versions": versions()}
+    ids = text_of(data, settings)
+    for record in feedback_benchmark.records(checkpoint.load(folder), ids, settings.prompt, settings.repeats):
+        output.emit(record | about, config.format, feedback_benchmark.line(record))
     return 0

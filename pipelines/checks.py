@@ -67,6 +67,20 @@ RANGES = {
     "kernels.alpha_start": "[1, 16]",
     "kernels.alpha_end": "[1, 16]",
     "kernels.largest_gb": "(0, 100000]",
+    "generation.contexts": "[2, 1048576]",
+    "generation.batches": "[1, 65536]",
+    "generation.drops": "[0, 1)",
+    "generation.new_tokens": "[2, 1048576]",
+    "generation.prefill_chunk": "[0, 1048576]",
+    "generation.layers": "[1, 1000]",
+    "generation.width": "[8, 65536]",
+    "generation.heads": "[1, 1024]",
+    "generation.kv_heads": "[1, 1024]",
+    "generation.intermediate": "[1, 1000000]",
+    "generation.vocab": "[2, 1000000]",
+    "generation.rank": "[1, 4096]",
+    "generation.pool_gb": "[0, 100000]",
+    "generation.pool_requests": "[1, 65536]",
     "generate.max_new_tokens": "[1, 1048576]",
     "generate.temperature": "[0, 100]",
     "generate.top_k": "[0, 1000000]",
@@ -79,7 +93,7 @@ WORDS = {
     "data.source": ("stdlib", "files", "hub"),
     "pruning.policy": ("dense", "learned", "window", "strided"),
     "engine.dtype": ("float32", "bfloat16"),
-    "benchmark.target": ("decoding", "kernels"),
+    "benchmark.target": ("decoding", "kernels", "generation", "feedback"),
     "kernels.operations": ("training", "prefill", "decoding"),
     "kernels.dtype": ("float32", "bfloat16", "float16"),
     "tracking.mode": ("offline", "online", "off"),
@@ -106,6 +120,7 @@ def check(config: Config, *, trial: bool = True) -> None:
     _check_schedule(config)
     _check_engine(config)
     _check_kernels(config)
+    _check_generation(config)
     if trial:
         _check_data(config)
         _check_pruning(config)
@@ -243,6 +258,22 @@ def _check_kernels(config: Config) -> None:
         raise UserError(f"kernels.operations is empty: list some of {', '.join(WORDS['kernels.operations'])}")
     if settings.checkpoint is not None and not Path(settings.checkpoint).expanduser().is_dir():
         raise UserError(f"kernels.checkpoint={settings.checkpoint}: no such folder; give one written by train or sweep")
+
+
+def _check_generation(config: Config) -> None:
+    settings = config.generation
+    if settings.width % settings.heads or settings.width // settings.heads % 2:
+        width = f"generation.width={settings.width}"
+        raise UserError(f"generation.heads={settings.heads} does not cut {width} into heads of even size: change one")
+    if settings.heads % settings.kv_heads:
+        heads = f"generation.heads={settings.heads}"
+        raise UserError(f"generation.kv_heads={settings.kv_heads} does not divide {heads}: change one of them")
+    for name in ("contexts", "batches", "drops"):
+        if not getattr(settings, name):
+            raise UserError(f"generation.{name} is empty: list at least one")
+    if settings.checkpoint is not None and not Path(settings.checkpoint).expanduser().is_dir():
+        given = f"generation.checkpoint={settings.checkpoint}"
+        raise UserError(f"{given}: no such folder; give one written by train or sweep")
 
 
 def _check_engine(config: Config) -> None:

@@ -20,7 +20,7 @@ VERBS = ("sweep", "train", "evaluate", "benchmark", "generate", "report", "docto
 # Verbs that work on something already trained: `checkpoint=FOLDER` is short for generate.checkpoint.
 READS_CHECKPOINT = ("evaluate", "benchmark", "generate")
 # Text is taken as it stands: a prompt may hold brackets and commas, which Hydra's grammar would read as lists.
-LITERAL = ("generate.prompt", "generate.checkpoint", "kernels.checkpoint", "runs")
+LITERAL = ("generate.prompt", "generate.checkpoint", "kernels.checkpoint", "generation.checkpoint", "runs")
 CODE = re.compile(r"_(target|partial|args|recursive|convert)_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -223,7 +223,7 @@ def _absolute_paths(config: Config) -> None:
         config.model.name = (
             re.sub(r"[^a-z0-9._-]+", "-", Path(config.model.path).name.lower()).strip("-._")[:48] or "local"
         )
-    for holder in (config.generate, config.kernels):
+    for holder in (config.generate, config.kernels, config.generation):
         if holder.checkpoint:
             holder.checkpoint = str(Path(holder.checkpoint).expanduser().absolute())
 
@@ -252,9 +252,10 @@ def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | Non
 
 def _require_checkpoint(verb: str, config: Config) -> None:
     folder = config.generate.checkpoint
-    if verb == "benchmark" and config.benchmark.target == "kernels":
+    if verb == "benchmark" and config.benchmark.target in ("kernels", "generation"):
         # A model is one of two things to measure there, and checkpoint=FOLDER is short for it.
-        config.kernels.checkpoint = config.kernels.checkpoint or folder
+        measured = config.kernels if config.benchmark.target == "kernels" else config.generation
+        measured.checkpoint = measured.checkpoint or folder
         checks.check(config, trial=False)
         return
     if not folder:

@@ -1,10 +1,15 @@
-"""What can be configured? Every knob: one plain dataclass per group, each field a sentence with its unit."""
+"""What can be configured? Every knob: one plain dataclass per group, each field a sentence with its unit.
+
+What the benchmark measures has its groups in pipelines/benchmark_config.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
+
+from pipelines.benchmark_config import BenchmarkConfig, GenerationConfig, KernelsConfig
 
 
 @dataclass
@@ -168,61 +173,6 @@ class EvaluateConfig:
 
 
 @dataclass
-class BenchmarkConfig:
-    """What is timed: a saved model's decoding with the dropped keys physically gone, or the kernels alone."""
-
-    target: str = "decoding"
-    """decoding (of checkpoint=FOLDER) or kernels."""
-    batch: int = 32
-    """Sequences decoded together."""
-    prompt: int = 128
-    """Prompt tokens per sequence, from held-out text."""
-    new_tokens: int = 128
-    """Tokens decoded per sequence."""
-    repeats: int = 3
-    """Timed repetitions, pruned and dense in turn; the median counts."""
-
-
-@dataclass
-class KernelsConfig:
-    """One attention layer for benchmark target=kernels: random inputs, or with checkpoint=FOLDER the layers of a model,
-    whose sizes and context then count instead of lengths, heads, kv_heads, width, rank, drops and alphas."""
-
-    operations: list[str] = field(default_factory=lambda: ["training", "prefill", "decoding"])
-    """What is measured: training (forward and backward), prefill and decoding (under the step function)."""
-    checkpoint: str | None = None
-    """Folder written by train or sweep whose layers are measured on text they read; empty: random inputs."""
-    lengths: list[int] = field(default_factory=lambda: [1024, 4096])
-    """Tokens per row."""
-    batch: int = 1
-    """Rows, in training and prefill."""
-    decode_batch: int = 8
-    """Sequences that decode together."""
-    heads: int = 12
-    """Query heads."""
-    kv_heads: int = 12
-    """Key/value heads."""
-    width: int = 64
-    """Numbers per head."""
-    rank: int = 64
-    """Width of the interaction queries and keys."""
-    dtype: str = "float32"
-    """float32, bfloat16 or float16."""
-    drops: list[float] = field(default_factory=lambda: [0.0, 0.9])
-    """Shares of the context dropped, in [0, 1); 0 is the start of training."""
-    alpha_start: float = 1.1
-    """Sharpness of the gates where nothing is dropped."""
-    alpha_end: float = 8.0
-    """Sharpness of the gates elsewhere."""
-    largest_gb: float = 12.0
-    """Memory, in GB (1e9 bytes), beyond which peers with n x n tensors are left out."""
-    flex: bool = False
-    """Run FlexAttention on a CPU too: its first compile takes a minute there. On a GPU it always runs."""
-    memory: bool = True
-    """Measure peak memory too, each peer in a process of its own: some seconds each."""
-
-
-@dataclass
 class GenerateConfig:
     """One continuation of a prompt."""
 
@@ -267,6 +217,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     runs: str = "runs"

@@ -42,11 +42,11 @@ def measure(model_folder: Path, data: Path, settings: BenchmarkConfig, advance=l
     decoding_speed.compare."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = checkpoint.load(model_folder, device=device)
-    ids = _text(data, settings)
+    ids = text_of(data, settings)
     return compare(model, ids, settings.prompt, settings.repeats, advance)
 
 
-def _text(data: Path, settings: BenchmarkConfig) -> torch.Tensor:
+def text_of(data: Path, settings: BenchmarkConfig) -> torch.Tensor:
     """Rows of held-out text; each is taken as one document."""
     length = settings.prompt + settings.new_tokens
     tokens = read_tokens(data).held_out

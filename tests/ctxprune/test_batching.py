@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ctxprune
-from ctxprune import UserError, generate
+from ctxprune import UserError, batching, generate
 from ctxprune.batching import Batcher
 from ctxprune.layer_cache import LayerCache
 from ctxprune.prompts import page_bytes
@@ -69,11 +69,12 @@ def test_a_full_pool_lets_the_youngest_wait_and_loses_nothing():
     assert [one.tokens for one in requests] == written
 
 
-def test_a_pruned_pool_holds_more_sequences():
+def test_a_pruned_pool_holds_more_sequences(monkeypatch):
     """80 % dropped: five times the rows of a pool that a dense model fills with them."""
     model = ctxprune.retrofit(small_model(), ctxprune.WindowConfig(widths=(20, 20, 20))).double()
     prompts = prompts_of(*[96] * 20)
-    pool, most = 7 * 4 * LAYERS * page_bytes(model, 16), {}
+    pool, most, reads, original = 7 * 4 * LAYERS * page_bytes(model, 16), {}, [], batching.prefill
+    monkeypatch.setattr(batching, "prefill", lambda *given: reads.append(len(given[2])) or original(*given))
     for mode in ("dense", "hard"):
         with ctxprune.mode(model, mode):
             batcher = Batcher(model, max_cache_bytes=pool, page=16, prefill_chunk=16)
@@ -82,6 +83,8 @@ def test_a_pruned_pool_holds_more_sequences():
             batcher.run()
             most[mode] = batcher.most_running
     assert most["hard"] >= 3 * most["dense"] > 0
+    # No prompt is read in vain, over and over, because its chunk did not fit.
+    assert sum(reads) <= 1.5 * 2 * len(prompts)
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,101 @@
+"""What does the benchmark measure? Its own groups of settings: what is timed, the kernels' sizes, whole generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is timed: a saved model's decoding with the dropped keys physically gone, the kernels alone, or whole
+    generation beside other engines."""
+
+    target: str = "decoding"
+    """decoding or feedback (of checkpoint=FOLDER), kernels or generation."""
+    batch: int = 32
+    """Sequences decoded together."""
+    prompt: int = 128
+    """Prompt tokens per sequence, from held-out text."""
+    new_tokens: int = 128
+    """Tokens decoded per sequence."""
+    repeats: int = 3
+    """Timed repetitions, pruned and dense in turn; the median counts."""
+
+
+@dataclass
+class KernelsConfig:
+    """One attention layer for benchmark target=kernels: random inputs, or with checkpoint=FOLDER the layers of a model,
+    whose sizes and context then count instead of lengths, heads, kv_heads, width, rank, drops and alphas."""
+
+    operations: list[str] = field(default_factory=lambda: ["training", "prefill", "decoding"])
+    """What is measured: training (forward and backward), prefill and decoding (under the step function)."""
+    checkpoint: str | None = None
+    """Folder written by train or sweep whose layers are measured on text they read; empty: random inputs."""
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096])
+    """Tokens per row."""
+    batch: int = 1
+    """Rows, in training and prefill."""
+    decode_batch: int = 8
+    """Sequences that decode together."""
+    heads: int = 12
+    """Query heads."""
+    kv_heads: int = 12
+    """Key/value heads."""
+    width: int = 64
+    """Numbers per head."""
+    rank: int = 64
+    """Width of the interaction queries and keys."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    drops: list[float] = field(default_factory=lambda: [0.0, 0.9])
+    """Shares of the context dropped, in [0, 1); 0 is the start of training."""
+    alpha_start: float = 1.1
+    """Sharpness of the gates where nothing is dropped."""
+    alpha_end: float = 8.0
+    """Sharpness of the gates elsewhere."""
+    largest_gb: float = 12.0
+    """Memory, in GB (1e9 bytes), beyond which peers with n x n tensors are left out."""
+    flex: bool = False
+    """Run FlexAttention on a CPU too: its first compile takes a minute there. On a GPU it always runs."""
+    memory: bool = True
+    """Measure peak memory too, each peer in a process of its own: some seconds each."""
+
+
+@dataclass
+class GenerationConfig:
+    """Writing text for benchmark target=generation, beside the same weights in other engines: a random model whose
+    random gates drop what is asked, or with checkpoint=FOLDER a trained one, which drops what it has learned to."""
+
+    checkpoint: str | None = None
+    """Folder written by train or sweep; empty: a random Llama of the sizes below, for timing only."""
+    contexts: list[int] = field(default_factory=lambda: [128, 1024])
+    """Prompt tokens per row."""
+    batches: list[int] = field(default_factory=lambda: [1, 8])
+    """Rows that are written together."""
+    drops: list[float] = field(default_factory=lambda: [0.8, 0.9])
+    """Shares of the prompt's keys that the random gates have dropped at its end, in [0, 1)."""
+    new_tokens: int = 32
+    """Steps timed per method."""
+    prefill_chunk: int = 512
+    """Prompt tokens per pass in our engine, 0 for whole prompts."""
+    layers: int = 8
+    """Transformer blocks of the random model."""
+    width: int = 512
+    """Its hidden size."""
+    heads: int = 8
+    """Its query heads."""
+    kv_heads: int = 8
+    """Its key/value heads."""
+    intermediate: int = 1408
+    """Hidden size of its gated MLPs."""
+    vocab: int = 4096
+    """Its vocabulary."""
+    rank: int = 64
+    """Width of its interaction queries and keys."""
+    memory: bool = False
+    """Measure peak resident memory too, each method in a process of its own: as long again as the timing."""
+    pool_gb: float = 0.0
+    """Memory for all caches, in GB (1e9 bytes), of the fixed-pool test: dense and pruned serve the same requests from
+    equal pools; 0 is off."""
+    pool_requests: int = 16
+    """Requests of that test, each a prompt of the context's length and new_tokens tokens to write."""
