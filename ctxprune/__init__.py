@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ctxprune.errors import UserError
     from ctxprune.generation import Generation, generate
     from ctxprune.lossless import LosslessGeneration, generate_lossless
+    from ctxprune.packing import pack
     from ctxprune.policies import DenseConfig, GateConfig, StridedConfig, WindowConfig
     from ctxprune.retrofitting import mode, retrofit, set_alpha
     from ctxprune.revival import Alarm
@@ -37,6 +38,7 @@ _HOME = {
     "generate_lossless": "lossless",
     "load": "checkpoint",
     "mode": "retrofitting",
+    "pack": "packing",
     "retrofit": "retrofitting",
     "save": "checkpoint",
     "set_alpha": "retrofitting",
@@ -59,6 +61,7 @@ __all__ = [
     "generate_lossless",
     "load",
     "mode",
+    "pack",
     "retrofit",
     "save",
     "set_alpha",

@@ -34,6 +34,6 @@ def page_bytes(model, page: int) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     gate = None if state.mode == "dense" else wrappers(model)[0].rule.gate
-    rank = 0 if gate is None else gate.query.out_features
+    rank = 0 if gate is None else gate.query.weight.shape[0]
     size = next(model.parameters()).element_size()
     return page * ((2 * kv_heads * width + rank) * size + 3 * 4)

@@ -78,6 +78,8 @@ class GenerationConfig:
     """Steps timed per method."""
     prefill_chunk: int = 512
     """Prompt tokens per pass in our engine, 0 for whole prompts."""
+    packed: bool = True
+    """On a CPU, let our engine multiply by packed weights (ctxprune.pack), pruned and dense alike."""
     layers: int = 8
     """Transformer blocks of the random model."""
     width: int = 512

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from ctxprune import GateConfig, checkpoint
 from ctxprune.batches import held_out_batches
 from ctxprune.errors import UserError
+from ctxprune.packing import pack
 from ctxprune.policies import PolicyConfig
 from ctxprune.prompts import page_bytes
 from ctxprune.retrofitting import gate_parameters, retrofit, state_of
@@ -64,7 +65,7 @@ def opened(config: Config, overrides: list[str], device: torch.device) -> Subjec
     if settings.checkpoint is None:
         subject = random_subject(settings, device)
         _refuse(settings, next(iter(subject.pruned.values())))
-        return subject
+        return _packed(subject, settings)
     folder = trained(Path(settings.checkpoint))
     model = checkpoint.load(folder, device=device)
     _refuse(settings, model)
@@ -73,7 +74,15 @@ def opened(config: Config, overrides: list[str], device: torch.device) -> Subjec
     longest = max(settings.contexts)
     if len(text.tokens) < longest:
         raise UserError(f"held-out text has {len(text.tokens)} tokens, fewer than generation.contexts={longest}")
-    return Subject(twin_of(model), {None: model}, "trained", text)
+    return _packed(Subject(twin_of(model), {None: model}, "trained", text), settings)
+
+
+def _packed(subject: Subject, settings: GenerationConfig) -> Subject:
+    """Ours multiply by packed weights, pruned and dense alike."""
+    if settings.packed and subject.twin.device.type == "cpu":
+        for model in subject.pruned.values():
+            pack(model)
+    return subject
 
 
 def random_subject(settings: GenerationConfig, device: torch.device) -> Subject:
