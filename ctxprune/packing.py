@@ -20,7 +20,8 @@ class PackedLinear(nn.Module):
     """In the place of a Linear (or of GPT-2's Conv1D): the same parameters, and packed ones for inference on a CPU.
 
     While gradients are recorded, on another device or in another type, it is the layer that it replaces; if the weight
-    is changed, it is packed again.
+    is changed, it is packed again. Optimizers that change it behind the back of its version counter are noticed where
+    they are used as usual, between train() and eval().
     """
 
     def __init__(self, inner: nn.Linear | Conv1D):
@@ -44,6 +45,11 @@ class PackedLinear(nn.Module):
                 self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS)
             self.version = self.weight._version
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """As of every module."""
+        self.packed = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict:
         # What is packed has no storage that could be copied; the copy packs its own.

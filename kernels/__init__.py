@@ -1,7 +1,8 @@
 """Which operations make pruned attention?
 
 `impl` never changes the meaning, only the speed: "reference" is the float64 truth, "torch" runs everywhere, "triton" on
-GPUs; "auto" takes Triton on a GPU where it has agreed with the reference (kernels.agreement), else torch.
+GPUs, "native" decodes on CPUs; "auto" takes Triton on a GPU and native on a CPU where they have agreed with the
+reference (kernels.agreement), else torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Does Triton agree with the reference on this device? A small problem, put to it before its first use.
+"""Does a compiled kernel agree with the reference on this device? A small problem, put to it before its first use.
 
-The kernels are compiled anew for every GPU and every version of Triton, and nobody has tested them all.
+The kernels are compiled anew for every device and by every version of its compiler, and nobody has tested them all.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kernels.implementations import Impl
 
-ROOM = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Error that is always allowed, over the largest entry; beyond it, twice the torch path's own."""
+ROOM = {
+    "triton": {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3},
+    "native": {torch.float32: 2e-5, torch.float64: 1e-12},
+}
+"""Error that is always allowed, over the largest entry; beyond it, twice the torch path's own. A type that is not here
+is not taken."""
+
+NAMES = {"triton": "Triton", "native": "the CPU kernel"}
 
 N, WIDTH, RANK, ALPHA = 150, 64, 64, 1.5
 """Three tiles, the last of them cut; the widths that most models have."""
 
 
-def agrees(operation: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether the operation's Triton path has the reference's answer there: asked once per process, some seconds of
-    compiling. Says no, with a warning, when it has another one or cannot run at all. float64 it never takes."""
-    return _asked(operation, device, dtype)
+def agrees(operation: str, device: str, dtype: torch.dtype, impl: Impl = "triton") -> bool:
+    """Whether the operation's kernel (Triton, native) has the reference's answer there: asked once per process, some
+    seconds of compiling. Says no, with a warning, when it has another one or cannot run at all, and without one for
+    types that it never takes."""
+    return _asked(operation, device, dtype, impl)
 
 
 # torch.compile is not to look inside: the answer is a constant of its graph. What torch.compiler.assume_constant_result
@@ -34,8 +41,8 @@ agrees.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache
-def _asked(operation: str, device: str, dtype: torch.dtype) -> bool:
-    if dtype not in ROOM:
+def _asked(operation: str, device: str, dtype: torch.dtype, impl: Impl) -> bool:
+    if dtype not in ROOM[impl]:
         return False
     if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -45,21 +52,23 @@ def _asked(operation: str, device: str, dtype: torch.dtype) -> bool:
         # Whatever the caller has switched on or off: the problem needs gradients, and its own precision.
         kind = torch.device(device).type
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
-            wrong = disagreement(operation, device, dtype)
+            wrong = disagreement(operation, device, dtype, impl)
     except Exception as error:  # whatever the compiler or the driver raises, there is a path without them
         wrong = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if wrong:
-        logging.getLogger(__name__).warning("%s: torch is used on %s, not Triton (%s)", operation, device, wrong)
+        logging.getLogger(__name__).warning(
+            "%s: torch is used on %s, not %s (%s)", operation, device, NAMES[impl], wrong
+        )
     return not wrong
 
 
-def disagreement(operation: str, device: str, dtype: torch.dtype) -> str:
-    """In words what is wrong with the Triton path's results; nothing if all are right."""
+def disagreement(operation: str, device: str, dtype: torch.dtype, impl: Impl = "triton") -> str:
+    """In words what is wrong with the kernel's results; nothing if all are right."""
     exact = _results(operation, "reference", device, dtype)
-    plain, found = _results(operation, "torch", device, dtype), _results(operation, "triton", device, dtype)
+    plain, found = _results(operation, "torch", device, dtype), _results(operation, impl, device, dtype)
     for number, (wanted, rounded, result) in enumerate(zip(exact, plain, found, strict=True)):
         size = max(1.0, wanted.double().abs().max().item())
-        allowed = max(2 * _distance(rounded, wanted), ROOM[dtype] * size)
+        allowed = max(2 * _distance(rounded, wanted), ROOM[impl][dtype] * size)
         error = _distance(result, wanted)
         if not error <= allowed:
             return f"result {number} is off by {error:.1e}, allowed {allowed:.1e}"

@@ -17,7 +17,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 class Refused(ValueError):
-    """Arguments that the Triton path does not take and the torch path does."""
+    """Arguments that a kernel does not take and the torch path does, or a kernel that cannot be built."""
 
 
 def alpha(value: float) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import agreement, checks
+from kernels.decode import native_path, torch_extend
 from kernels.decode import reference as decode_reference
-from kernels.decode import torch_extend
 from kernels.decode import torch_path as decode_torch
 from kernels.hard_attention import reference as hard_reference
 from kernels.hard_attention import torch_path as hard_torch
@@ -23,7 +23,7 @@ from kernels.sigmoid import torch_path as sigmoid_torch
 from kernels.soft_attention import reference as soft_reference
 from kernels.soft_attention import torch_path as soft_torch
 
-Impl = Literal["auto", "reference", "torch", "triton"]
+Impl = Literal["auto", "reference", "torch", "native", "triton"]
 
 
 # Triton may be missing, and is imported by the first call; in words that torch.compile can follow.
@@ -81,6 +81,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "decode_attention": {
         "reference": decode_reference.decode_attention,
         "torch": decode_torch.decode_attention,
+        "native": native_path.decode_attention,
         "triton": _triton_decode_attention,
     },
     "extend_attention": {
@@ -91,7 +92,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
 
 
 def run(operation: str, impl: Impl, *arguments: Any) -> Any:
-    """Call one implementation; impl="auto" is Triton on a GPU where it has agreed with the reference, else torch.
+    """Call one implementation; impl="auto" is Triton on a GPU and native on a CPU, where it has agreed with the
+    reference, else torch.
 
     Raises ValueError for an implementation that the operation does not have.
     """
@@ -102,6 +104,8 @@ def run(operation: str, impl: Impl, *arguments: Any) -> Any:
                 return available["triton"](*arguments)
             except checks.Refused:  # a type or a width that Triton does not take: torch takes all
                 pass
+        elif "native" in available and arguments[0].is_cpu and not _is_on_a_gpu(arguments[0]):
+            return as_written(_native_else_torch)(operation, *arguments)
         impl = "torch"
     if impl not in available:
         raise ValueError(f"impl={impl!r}: {operation} has {', '.join(['auto', *available])}")
@@ -110,6 +114,17 @@ def run(operation: str, impl: Impl, *arguments: Any) -> Any:
     if not torch.compiler.is_compiling() and not _installed():
         raise ValueError("impl='triton': the package triton is not installed; take impl='torch'")
     return available["triton"](*arguments)
+
+
+def _native_else_torch(operation: str, *arguments: Any) -> Any:
+    """One function, so that torch.compile leaves it alone as a whole: it cannot follow an exception out of one."""
+    ways = IMPLEMENTATIONS[operation]
+    if not native_path.switched_off() and agreement.agrees(operation, *_kind(arguments), "native"):
+        try:
+            return ways["native"](*arguments)
+        except checks.Refused:  # mixed types, gradients: torch takes all
+            pass
+    return ways["torch"](*arguments)
 
 
 def as_written(function: Callable) -> Callable:
@@ -151,6 +166,9 @@ def _state(operation: str, name: str) -> tuple[bool, str]:
     if name == "torch":
         where = "CUDA and CPU" if cuda else "CPU (no CUDA device)"
         return True, f"{where}, float64/float32/bfloat16/float16"
+    if name == "native":
+        reason = native_path.available()
+        return not reason, reason or "CPU, float64/float32; compiled at its first use"
     if not _installed():
         return False, "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":

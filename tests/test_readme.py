@@ -40,12 +40,13 @@ def model_folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_five_lines_of_python_run(tmp_path, monkeypatch, model_folder):
+def test_the_lines_of_python_run(tmp_path, monkeypatch, model_folder):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    first, second = blocks("python")
     names = {"prompt_ids": torch.arange(1, 9)}
-    exec(code.replace("FOLDER_OR_HUB_ID", str(model_folder)).replace("=100", "=5"), names)
+    exec(first.replace("FOLDER_OR_HUB_ID", str(model_folder)).replace("=100", "=5"), names)
     assert len(names["written"].tokens[0]) == 5 and (tmp_path / "pruned" / "pruning.json").is_file()
+    exec(second, {"prompts": [torch.arange(1, 9), torch.arange(3, 40)]})
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -82,7 +82,7 @@ class Pages:
     every step."""
     next: Slots | None = None
     """Where the tokens of the next step go, where whoever gives out pages has decided it; `used` and `free` are then
-    left as they are. Only the torch path asks."""
+    left as they are. Only the torch and the native path ask."""
 
     @staticmethod
     def empty(

@@ -85,6 +85,7 @@ def agrees(model, chunks: str = "prompt and steps") -> bool:
 
 def with_another_view(monkeypatch, change) -> None:
     """attend() sees change(seen, step, position, drop_time) instead of seen; (pages, n, page) and the slots' own."""
+    monkeypatch.setenv("CTXPRUNE_NATIVE", "0")
     original, steps = torch_path.attend, []
     whole = torch_path.decode_attention
     monkeypatch.setitem(
@@ -133,6 +134,7 @@ def test_twin_the_number_of_survivors_taken_for_the_position_is_caught(monkeypat
 
 def test_twin_a_slot_leaked_to_the_neighbour_is_caught(monkeypatch):
     model, original = gated().double(), torch_path._write
+    monkeypatch.setenv("CTXPRUNE_NATIVE", "0")
     assert agrees(model)
     leaking = lambda key, value, *others: original(key, value.flip(0), *others)  # noqa: E731
     monkeypatch.setattr(torch_path, "_write", leaking)

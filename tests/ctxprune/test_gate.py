@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from ctxprune.errors import UserError
 from ctxprune.gate import INITIAL_STD, InteractionGate
+from ctxprune.packing import pack
 from ctxprune.policies import GateConfig
 
 
@@ -43,3 +46,36 @@ def test_outputs_follow_the_gates_own_precision():
 def test_a_rank_below_one_is_refused(rank):
     with pytest.raises(UserError, match=f"rank is {rank}"):
         GateConfig(rank=rank)
+
+
+def in_inference(gate: InteractionGate, hidden: torch.Tensor) -> bool:
+    """Whether the joined layer says what the two say."""
+    with torch.inference_mode():
+        joined = gate(hidden)
+    apart = gate(hidden)
+    return all(torch.allclose(one, other, atol=1e-6) for one, other in zip(joined, apart, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_query_and_key_are_one_product_at_inference_and_follow_their_weights(packed):
+    torch.manual_seed(0)
+    gate, hidden = InteractionGate(32, 4, 2.0).eval(), torch.randn(2, 5, 32)
+    assert in_inference(gate, hidden) and gate._joined is not None
+    if packed:
+        pack(gate)
+    with torch.no_grad():
+        gate.key.weight.mul_(-3)
+    assert in_inference(gate, hidden)
+    gate.train()
+    gate.query.weight.data.mul_(2)
+    assert in_inference(gate.eval(), hidden)
+    assert in_inference(copy.deepcopy(gate), hidden)
+    assert {name for name, _ in gate.named_parameters()} == {"query.weight", "key.weight", "beta"}
+
+
+def test_twin_a_joined_layer_that_is_kept_too_long_is_caught():
+    torch.manual_seed(0)
+    gate, hidden = InteractionGate(32, 4, 2.0).eval(), torch.randn(2, 5, 32)
+    assert in_inference(gate, hidden)
+    gate.query.weight.data.mul_(2)  # in eval mode, behind the version counter's back
+    assert not in_inference(gate, hidden)

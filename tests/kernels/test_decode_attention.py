@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.decode import triton_path
+from kernels.decode import native_path, triton_path
 from kernels.decode.pages import NEVER, Pages, order_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLEMENTATIONS = ("reference", "torch", "triton")
-TOLERANCE = {"reference": 1e-12, "torch": 1e-12, "triton": 3e-6}
+ABSENT = "it is for CPUs" if DEVICE.type == "cuda" else native_path.available()
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(ABSENT), reason=f"native: {ABSENT}"))
+IMPLEMENTATIONS = ("reference", "torch", NATIVE, "triton")
+TOLERANCE = {"reference": 1e-12, "torch": 1e-12, "native": 1e-12, "triton": 3e-6}
 
 
 def problem(rows=2, heads=4, kv_heads=2, n=24, width=8, rank=4, dtype=torch.float64, seed=0):
@@ -115,8 +117,13 @@ def test_splits_of_the_pages_change_nothing(splits, width):
         assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        *((impl, dtype) for impl in ("torch", "triton") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        pytest.param("native", torch.float32, marks=NATIVE.marks),
+    ],
+)
 def test_the_error_is_at_most_twice_the_plain_forms(impl, dtype):
     tensors = problem(dtype=dtype)
     times = kernels.drop_times(*tensors[3:], impl="reference")
@@ -172,7 +179,10 @@ def test_a_token_without_room_is_refused_loudly_and_hurts_nobody(impl):
     assert pages.refused.tolist() == [4, 0] and pages.used.tolist() == [16, 20]
 
 
-@pytest.mark.parametrize(("impl", "poison"), [("torch", 1e30), ("triton", float("nan"))])
+@pytest.mark.parametrize(
+    ("impl", "poison"),
+    [("torch", 1e30), pytest.param("native", float("nan"), marks=NATIVE.marks), ("triton", float("nan"))],
+)
 def test_slots_that_nobody_uses_are_not_seen(impl, poison):
     tensors = problem(dtype=torch.float32)
     clean, dirty = pool(tensors), pool(tensors)
@@ -185,7 +195,7 @@ def test_slots_that_nobody_uses_are_not_seen(impl, poison):
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.sampled_from([16, 32]), st.integers(-3, 3))
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", NATIVE, "triton"])
 def test_random_lives_against_a_dictionary(impl, seed, page, beta):
     """What is stored, what each row sees and what is dropped, against sets of positions."""
     generator = torch.Generator().manual_seed(seed)
