@@ -135,7 +135,9 @@ class PrunedCache(Cache):
         stays is final. Raises UserError if the cache is not reversible."""
         if not self.reversible:
             raise UserError("this cache cannot take tokens back: make it with ctxprune.PrunedCache(reversible=True)")
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
+        if tokens_to_remove > 0:
+            raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        removed = -tokens_to_remove
         if self.length is not None:
             self.rewind(self.length - removed)
         self.seen -= removed

@@ -64,7 +64,7 @@ def compare(
     }
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model, ids: Int[Tensor, "batch n"], prompt: int) -> Pass:
     """Feed ids: the prompt in one pass, then a token per step, in the model's current mode (hard or dense)."""
     model.eval()

@@ -209,3 +209,33 @@ def test_in_dense_mode_it_equals_transformers_own_cache(family):
             torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
     if family != "mistral-sliding":
         assert ours.live_bytes() == 2 * sum(layer.keys.numel() for layer in theirs.layers) * 4
+
+
+@torch.no_grad()
+def test_tokens_taken_back_leave_no_trace():
+    """Twenty tokens, seven of them taken back and others fed in their place: as if these alone had come."""
+    model, ids, other = gated(sinks=1).double(), tokens(2, 30), tokens(2, 30, seed=5)
+    straight, cropped = PrunedCache(page=16), PrunedCache(page=16, reversible=True)
+    text = torch.cat([ids[:, :13], other[:, 13:]], 1)
+    model(ids[:, :10], past_key_values=cropped, use_cache=True)
+    for step in range(10, 20):
+        model(ids[:, step : step + 1], past_key_values=cropped, use_cache=True)
+    cropped.crop(-7)
+    model(text[:, :13], past_key_values=straight, use_cache=True)
+    assert cropped.positions() == straight.positions() and cropped.get_seq_length() == 13
+    for step in range(13, 30):
+        one = model(text[:, step : step + 1], past_key_values=cropped, use_cache=True).logits
+        two = model(text[:, step : step + 1], past_key_values=straight, use_cache=True).logits
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert cropped.positions() == straight.positions()
+
+
+def test_what_a_cache_cannot_do_is_said():
+    for build, named in (
+        (lambda: PrunedCache().crop(-1), "cannot take tokens back"),
+        (lambda: PrunedCache(reversible=True).crop(3), "as a negative number"),
+        (lambda: PrunedCache(page=48), "page is 48"),
+        (lambda: PrunedCache(max_live_tokens=0), "max_live_tokens is 0"),
+    ):
+        with pytest.raises(ctxprune.UserError, match=named):
+            build()
