@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +25,7 @@ def prefill(model, cache: PrunedCache, prompts: list[Tensor], chunk: int) -> Flo
     mask = None if bool(real.all()) else real.long()
     # The short pass comes first: the later ones, over what the cache holds, are all of one length.
     ends = [longest] if chunk == 0 else list(range(longest, 0, -chunk))[::-1]
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in pairwise([0, *ends]):
         inputs = {"attention_mask": None if mask is None else mask[:, :end], "past_key_values": cache}
         part = slice(start, end)
         logits = model(ids[:, part], position_ids=position[:, part], logits_to_keep=1, use_cache=True, **inputs).logits

@@ -105,7 +105,7 @@ def _weighed(method: Method) -> dict[str, object]:
 def _peak(peer: Peer, subject: Subject, settings: GenerationConfig, prompts: torch.Tensor) -> dict[str, object]:
     try:
         return {"peak_bytes": memory.peak_memory(peer, subject, settings, prompts)}
-    except Exception as error:
+    except Exception as error:  # other people's code fails in a way of its own; ours must not fail unheard
         if peer.engine == "ctxprune":
             raise
         return {"no_peak": said(error)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -57,7 +58,7 @@ class Transformers:
             self.ids, attention_mask=torch.ones_like(self.ids), generation_config=config,
             past_key_values=self.cache, stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
-        return [end - start for start, end in zip(clock.stamps, clock.stamps[1:], strict=False)]
+        return [end - start for start, end in pairwise(clock.stamps)]
 
     def text(self) -> Int[Tensor, "batch n"]:
         """See Method."""
