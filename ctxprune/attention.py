@@ -19,7 +19,8 @@ from ctxprune import decoding
 from ctxprune.cache import PrunedCache
 from ctxprune.calls import Cached, Hard, PruningState, Soft
 from ctxprune.errors import UserError
-from ctxprune.policies.rule import Rule
+from ctxprune.policies.rule import Ranking, Rule
+from ctxprune.ranked_calls import CachedRanked, Ranked
 from ctxprune.visibility import ends, layout, lifetimes, visible_pairs
 
 NAME = "ctxprune"
@@ -41,7 +42,7 @@ class PrunedAttention(nn.Module):
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
-        call: Soft | Hard | Cached | None
+        call: Soft | Hard | Cached | Ranked | None
         if isinstance(cache, PrunedCache):
             call = decoding.decide(cache, self, hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         elif cache is not None and cache.get_seq_length(self.layer_idx) > 0:
@@ -60,13 +61,17 @@ class PrunedAttention(nn.Module):
             report = None
         return output, report
 
-    def decide(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Soft | Hard | None:
+    def decide(
+        self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
+    ) -> Soft | Hard | Ranked | None:
         """What this layer drops in one pass over whole rows; None: nothing."""
         state = self.state
         if self.layer_idx == 0 or state.plan is None:
             state.plan = layout(hidden.shape[:2], position_ids, padding, hidden.device)
         plan = state.documents
         drop_time = ends(plan, self.lifetime(plan.position))
+        if self.ranking is not None:
+            return self._ranked(self.ranking, hidden, padding, drop_time)
         if self.gate is not None:
             query, key, beta = self.gate(hidden)
             guard = state.guards(plan.position)
@@ -76,6 +81,22 @@ class PrunedAttention(nn.Module):
         if state.record is not None:
             state.record[self.layer_idx] = drop_time
         return Hard(drop_time) if bool((drop_time < hidden.shape[1]).any()) else None
+
+    def _ranked(self, ranking: Ranking, hidden: Tensor, padding: Tensor | None, end: Tensor) -> Ranked:
+        """The call of a policy that ranks: it decides once queries and keys are there."""
+        state, position = self.state, self.state.documents.position
+        if state.prompt is None and (ranking.config.when == "prompt" or ranking.config.keep_prompt):
+            raise UserError(
+                f"policy {state.policy.policy} acts at the end of a prompt: say where that is (prompt=...), decode "
+                "over a cache, or take when=step"
+            )
+        column = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        clock = column if padding is None else column.masked_fill(~padding[:, -hidden.shape[1] :].bool(), -1)
+        protected = position < state.policy.sinks
+        return Ranked(
+            ranking, hidden, state.ids, position, clock, end, protected, state.prompt, state.decisions,
+            self.layer_idx, state.record,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _record_hard(self, call: Soft, record: dict[int, Tensor]) -> None:
@@ -97,6 +118,11 @@ class PrunedAttention(nn.Module):
     def gate(self) -> nn.Module | None:
         """The learned gate, unless bypassed."""
         return None if self.mode == "dense" else self.rule.gate
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """How keys are ranked, unless bypassed."""
+        return None if self.mode == "dense" else self.rule.ranking
 
     def lifetime(self, position: Tensor, pinned: Tensor | None = None) -> Tensor | None:
         """Queries that see each key by position alone, (batch, n); dense mode bypasses the rule, never the model's own
@@ -123,7 +149,7 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    pruning: Soft | Hard | Cached | None = None,
+    pruning: Soft | Hard | Cached | Ranked | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function transformers calls: query (batch, heads, n, width) -> (batch, n, heads, width).
@@ -132,13 +158,14 @@ def attention(
     """
     if pruning is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
-    if isinstance(pruning, Cached):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return pruning.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
+    if isinstance(pruning, Cached | CachedRanked):
+        return pruning.attend(query, key, value, _scale(query, scaling)).transpose(1, 2).contiguous(), None
     if dropout:
         raise UserError(
             "attention dropout does not go with pruning: load the model with its attention dropout set to 0"
         )
+    if isinstance(pruning, Ranked):
+        return pruning.attend(query, key, value, _scale(query, scaling)).transpose(1, 2).contiguous(), None
     if isinstance(pruning, Hard):
         output = kernels.drop_time_attention(query, key, value, pruning.drop_time, scale=scaling)
         return output.transpose(1, 2).contiguous(), None
@@ -150,6 +177,10 @@ def attention(
             query, key, value, *gates, guard=pruning.guard, end=pruning.end, scale=scaling
         )
     return output.transpose(1, 2).contiguous(), alive
+
+
+def _scale(query: Tensor, given: float | None) -> float:
+    return query.shape[-1] ** -0.5 if given is None else given
 
 
 def _soft_in_depth(module, query, key, value, call: Soft, scaling) -> tuple[Tensor, Tensor]:

@@ -215,7 +215,9 @@ class Batcher:
         cache = self._new_cache(left, reading=True)
         cache.pinned = stacked([one.pinned for one in group])
         try:
-            logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk)
+            # What a request had written before it had to wait is not part of its prompt.
+            ends = [len(one.prompt) for one in group]
+            logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk, ends)
         except PoolFull:
             self.kept = min(1.0, 1.5 * self.kept)
             self.waiting.extendleft(reversed(group))

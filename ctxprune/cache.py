@@ -65,6 +65,10 @@ class PrunedCache(Cache):
         self.seen = 0
         self.page, self.max_live_tokens, self.reversible = page, max_live_tokens, reversible
         self.pinned, self.max_bytes = pinned, max_bytes
+        self.prompt: Tensor | None = None
+        """(rows,) positions of each row's prompt, for policies that drop at its end: by default the first pass."""
+        self.reading = True
+        """Whether some row's prompt goes on."""
         self.incoming: NewTokens | None = None
         self.arrival: Arrival | None = None
         self.end_of: list[Callable[[Tensor, Tensor], Tensor]] = []
@@ -98,7 +102,7 @@ class PrunedCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return self.held[0].rows if self.held else -1
+        return len(self.lengths) if self.held else -1
 
     def __len__(self) -> int:
         return len(self.held)
@@ -120,8 +124,7 @@ class PrunedCache(Cache):
             layer = LayerCache(
                 batch, kv_heads=kv_heads, width=width, rank=rank, page=self.page, dtype=dtype, device=device
             )
-            layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
-            self.held.append(layer)
+            self.hold(layer)
             layer.make_room_for((arrival.step >= 0).sum(1))
             layer.pages.store(
                 key_states, value_states, arrival.interaction, arrival.step, arrival.guard, arrival.drop_time
@@ -129,6 +132,11 @@ class PrunedCache(Cache):
             if self.alarm is not None:
                 archive(layer, self.alarm.store_of(layer_idx, layer), (self.new.length - 1).int())
         return key_states, value_states
+
+    def hold(self, layer: LayerCache) -> None:
+        """The next layer's keys are kept in this one."""
+        layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
+        self.held.append(layer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens of every row as if they had never come (assisted decoding); what
@@ -156,6 +164,7 @@ class PrunedCache(Cache):
         if self.alarm is not None:
             self.alarm.cold = []
         self.held, self.end_of, self.endless, self.length, self.seen = [], [], [], None, 0
+        self.prompt, self.reading = None, True
 
     # What generation asks of it.
     @property
@@ -184,7 +193,7 @@ class PrunedCache(Cache):
         vain."""
         if not self.reversible:
             for layer in self.held:
-                layer.compact(self.last, spare)
+                layer.compact(layer.of_rows(self.last), spare)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """These rows of the batch, in this order; the others' memory is freed."""
@@ -192,8 +201,9 @@ class PrunedCache(Cache):
             return
         rows = rows.to(self.length.device)
         for layer in [*self.held, *self._cold()]:
-            layer.select(rows)
+            layer.select(layer.rows_of(rows, len(self.length)))
         self.length = self.length[rows]
+        self.prompt = None if self.prompt is None else self.prompt[rows]
         self.pinned = None if self.pinned is None else self.pinned[rows.to(self.pinned.device)]
 
     def absorb(self, other: PrunedCache) -> None:
@@ -211,6 +221,8 @@ class PrunedCache(Cache):
                 ours.absorb(theirs)
                 theirs.pages = ours.pages  # their own are free to go
             self.length = torch.cat([self.lengths, other.lengths])
+        if other.prompt is not None:
+            self.prompt = other.prompt if self.prompt is None else torch.cat([self.prompt, other.prompt])
         self.seen = max(self.seen, other.seen)
 
     def rewind(self, length: Int[Tensor, " rows"]) -> None:
@@ -221,16 +233,20 @@ class PrunedCache(Cache):
         self.length = length
 
     def positions(self) -> list[list[list[int]]]:
-        """By layer and row, the positions of the keys alive, rising."""
-        return [layer.positions(self.last) for layer in self.held]
+        """By layer and row, the positions of the keys alive, rising (by KV head after KV head of each row, where heads
+        decide apart)."""
+        return [layer.positions(layer.of_rows(self.last)) for layer in self.held]
 
     def live_tokens(self) -> Int[Tensor, "layers batch"]:
-        """Keys alive per layer and row."""
-        return torch.stack([layer.pages.live(self.last) for layer in self.held])
+        """Keys alive per layer and row (where heads decide apart, of the head that has most)."""
+        live = [layer.pages.live(layer.of_rows(self.last)).view(len(self.last), -1).amax(1) for layer in self.held]
+        return torch.stack(live)
 
     def live_bytes(self) -> int:
         """Bytes of the live keys, values and interaction keys."""
-        return sum(layer.bytes_per_token() * int(layer.pages.live(self.last).sum()) for layer in self.held)
+        return sum(
+            layer.bytes_per_token() * int(layer.pages.live(layer.of_rows(self.last)).sum()) for layer in self.held
+        )
 
     def _cold(self) -> Sequence[LayerCache]:
         return [] if self.alarm is None else self.alarm.cold
@@ -246,7 +262,7 @@ class PrunedCache(Cache):
         too few."""
         if self.max_bytes is None:
             return True
-        lacking = [layer.rows_without_room(self.lengths) for layer in self.held]
+        lacking = [layer.rows_without_room(layer.of_rows(self.lengths)) for layer in self.held]
         if not any(bool(rows.any()) for rows in lacking):
             return True
         wanted = list(zip(self.held, lacking, strict=True))

@@ -19,6 +19,7 @@ from ctxprune.capping import enforce
 from ctxprune.cold_store import archive
 from ctxprune.layer_cache import LayerCache
 from ctxprune.policies import PolicyConfig
+from ctxprune.ranked_calls import Decisions
 from ctxprune.revival import attend_again, revive
 from ctxprune.visibility import Layout, guards
 
@@ -41,6 +42,12 @@ class PruningState:
     """When a dict: each layer leaves the drop times of its forward pass here, (batch, n)."""
     survival: dict[int, Tensor] = field(default_factory=dict)
     """By layer, the mean of I over the visible pairs of the last soft forward pass (with its gradient)."""
+    prompt: Tensor | None = None
+    """(batch,) column at which each row's prompt is over, for policies that drop there, in a pass over whole rows."""
+    ids: Tensor | None = None
+    """Token ids of the call in flight, (batch, n); None where the model was given embeddings."""
+    decisions: Decisions | None = None
+    """Where layers add up what ranking costs; None: nowhere."""
     plan: Layout | None = None
     """Documents of the batch in flight, found by the first layer."""
     inherited: dict[int, Tensor] = field(default_factory=dict)

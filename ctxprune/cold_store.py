@@ -20,6 +20,7 @@ class ColdStore(LayerCache):
     """A layer's dropped keys. smallest, largest: (pages, kv_heads, width), of each number of the keys in a page; count:
     (pages,) how many these are."""
 
+    of_a_page = ("smallest", "largest", "count")
     smallest: Tensor
     largest: Tensor
     count: Tensor
@@ -40,7 +41,7 @@ class ColdStore(LayerCache):
 
     def buffers(self) -> Iterator[tuple[object, str, Tensor]]:
         yield from super().buffers()
-        for name in ("smallest", "largest", "count"):
+        for name in self.of_a_page:
             if hasattr(self, name):
                 yield self, name, getattr(self, name)
 

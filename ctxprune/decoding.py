@@ -14,18 +14,20 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 import kernels
+from ctxprune import ranked_calls
 from ctxprune.cache import PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
 from ctxprune.new_tokens import Arrival, NewTokens
 from ctxprune.policies.rule import FOREVER
+from ctxprune.ranked_calls import CachedRanked
 from ctxprune.visibility import Layout, ends, layout
 from kernels.decode.pages import NEVER
 
 
 def decide(
     cache: PrunedCache, wrapper, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
-) -> Hard | Cached | None:
+) -> Hard | Cached | CachedRanked | None:
     """Drops of one layer for the new tokens hidden, (batch, n, width), and what the attention may read.
 
     position_ids: (rows, n) true positions, by default those that follow; padding: (batch, tokens), True at real tokens,
@@ -33,6 +35,9 @@ def decide(
     """
     if wrapper.layer_idx == 0:
         cache.new = _new_tokens(cache, wrapper, hidden, position_ids, padding)
+        if wrapper.ranking is not None:
+            ranked_calls.refuse(cache)
+            _look_for_the_prompts_end(cache)
     new = cache.new
     if cache.alarm is not None and wrapper.state.propagate_in_depth:
         raise UserError("an alarm does not go with propagate_in_depth: what came back would be dropped from above")
@@ -43,8 +48,10 @@ def decide(
     if first:
         cache.end_of.append(partial(_end_of_stored, cache, wrapper))
         cache.endless.append(drop_time is None)
-    call: Hard | Cached | None
-    if first and (cache.max_live_tokens is None or hidden.shape[1] <= cache.max_live_tokens):
+    call: Hard | Cached | CachedRanked | None
+    if wrapper.ranking is not None and (cache.reading or _goes_on(wrapper.ranking.config)):
+        call = _ranked(cache, wrapper, hidden, new.never if drop_time is None else drop_time)
+    elif first and (cache.max_live_tokens is None or hidden.shape[1] <= cache.max_live_tokens):
         call = _first_pass(cache, wrapper, gates, drop_time)
     else:
         call = _later_pass(cache, wrapper, gates, drop_time)
@@ -52,6 +59,31 @@ def decide(
         cache.seen += hidden.shape[1]
         cache.length = new.length
     return call
+
+
+def _look_for_the_prompts_end(cache: PrunedCache) -> None:
+    """Whether these tokens are of prompts: asked once for all layers, and no more once they are over."""
+    new = cache.new
+    if cache.prompt is None:
+        cache.prompt = new.length
+    elif cache.length is None:
+        cache.prompt = cache.prompt.to(new.length.device)
+    if cache.reading and cache.length is not None:
+        cache.reading = bool((cache.prompt > cache.length).any())
+
+
+def _goes_on(config) -> bool:
+    """Whether a layer's keys are not a plain cache's once prompts are over: they are ranked on, or kept per head."""
+    return config.when == "step" or config.apart
+
+
+def _ranked(cache: PrunedCache, wrapper, hidden: Tensor, end: Tensor) -> CachedRanked:
+    """The call of a policy that ranks: it decides once queries and keys are there."""
+    new, state = cache.new, wrapper.state
+    return CachedRanked(
+        wrapper.ranking, hidden, state.ids, new.position, new.step, end, new.guard == NEVER, cache.prompt,
+        state.decisions, wrapper.layer_idx, None, cache,
+    )  # fmt: skip
 
 
 def _new_tokens(

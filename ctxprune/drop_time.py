@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ctxprune.retrofitting import mode, state_of
@@ -16,11 +16,12 @@ from ctxprune.visibility import visible_pairs
 class DropTimes:
     """Drop times of a batch. Key j is visible to query k in a layer iff j <= k < drop_time[layer, row, j].
 
-    drop_time: row index of the first query that no longer sees the key; n or more: it survives the whole row.
+    drop_time: row index of the first query that no longer sees the key; n or more: it survives the whole row. With an
+    axis of KV heads where these decide apart; counts are then means over them.
     document_end: the same if nothing were dropped (n, or where the next packed document starts).
     """
 
-    drop_time: Int[Tensor, "layers batch n"]
+    drop_time: Int[Tensor, "layers batch *kv_heads n"]
     document_end: Int[Tensor, "batch n"]
 
     def sparsity(self) -> Float[Tensor, " layers"]:
@@ -30,24 +31,29 @@ class DropTimes:
         pairs = visible_pairs(self.document_end).sum().clamp(min=1).double()
         return 1.0 - kept / pairs
 
-    def kept_pairs(self) -> Int[Tensor, "layers batch"]:
+    def kept_pairs(self) -> Shaped[Tensor, "layers batch"]:
         """Pairs (query, earlier key it sees) per layer and row."""
         n = self.drop_time.shape[-1]
         column = torch.arange(n, device=self.drop_time.device)
-        return (self.drop_time.clamp(max=n) - column - 1).sum(-1)
+        return _over_heads((self.drop_time.clamp(max=n) - column - 1).sum(-1), 2)
 
-    def live(self, query: int) -> Bool[Tensor, "layers batch n"]:
+    def live(self, query: int) -> Bool[Tensor, "layers batch *kv_heads n"]:
         """Which keys query `query` (a row index) sees, itself included."""
         column = torch.arange(self.drop_time.shape[-1], device=self.drop_time.device)
         return (column <= query) & (query < self.drop_time)
 
-    def live_counts(self) -> Int[Tensor, "layers batch n"]:
+    def live_counts(self) -> Shaped[Tensor, "layers batch n"]:
         """How many keys each query sees, itself included: births minus deaths, summed along the row."""
         n = self.drop_time.shape[-1]
         deaths = torch.zeros(*self.drop_time.shape[:-1], n + 1, dtype=torch.long, device=self.drop_time.device)
         deaths.scatter_add_(-1, self.drop_time.clamp(max=n).long(), torch.ones_like(self.drop_time, dtype=torch.long))
         born = torch.arange(1, n + 1, device=self.drop_time.device)
-        return born - deaths[..., :n].cumsum(-1)
+        return _over_heads(born - deaths[..., :n].cumsum(-1), 3)
+
+
+def _over_heads(counts: Tensor, axes: int) -> Tensor:
+    """The mean over KV heads where there is an axis of them: the last but those behind (layers, batch)."""
+    return counts if counts.ndim == axes else counts.double().mean(2)
 
 
 @torch.no_grad()
@@ -57,25 +63,29 @@ def drop_times(
     *,
     position_ids: Int[Tensor, "batch n"] | None = None,
     attention_mask: Int[Tensor, "batch n"] | None = None,
+    prompt: Int[Tensor, " batch"] | None = None,
 ) -> DropTimes:
     """When a retrofitted model drops each token of input_ids in each layer, under the step function.
 
-    position_ids restart where a new packed document starts; attention_mask is 0 at padding. One forward pass; agrees
-    with step-by-step decoding. Raises UserError if the model is not retrofitted.
+    position_ids restart where a new packed document starts; attention_mask is 0 at padding; prompt: the column at which
+    each row's prompt is over, for policies that drop there. One forward pass; agrees with step-by-step decoding. Raises
+    UserError if the model is not retrofitted.
     """
-    taken, _ = forward_with_drop_times(model, input_ids, position_ids=position_ids, attention_mask=attention_mask)
-    return taken
+    inputs = {"position_ids": position_ids, "attention_mask": attention_mask}
+    return forward_with_drop_times(model, input_ids, prompt=prompt, **inputs)[0]
 
 
 @torch.no_grad()
-def forward_with_drop_times(model, input_ids: Tensor, **inputs) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
+def forward_with_drop_times(
+    model, input_ids: Tensor, *, prompt: Tensor | None = None, **inputs
+) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
     """Drop times and logits of one pass under the step function; inputs as for drop_times."""
     state = state_of(model)
-    state.record = {}
+    state.record, state.prompt = {}, prompt
     try:
         with mode(model, "hard"):
             logits = model(input_ids, use_cache=False, **inputs).logits
         taken = DropTimes(state.recorded(), state.documents.end)
     finally:
-        state.record = None
+        state.record = state.prompt = None
     return taken, logits

@@ -24,6 +24,8 @@ FEW = 8
 class LayerCache(PagePool):
     """One layer's pages, what its rows keep in them, and where their next tokens go. Made as PagePool is."""
 
+    of_a_page: tuple[str, ...] = ()
+    """Names of the buffers that hold something of a whole page; the others hold it of its slots."""
     plan: Slots | None = None
     taken = 0
     """Where the tokens of the coming steps go, (rows, steps), and how many of these have been taken."""
@@ -135,9 +137,9 @@ class LayerCache(PagePool):
         old, new = (
             (table[row[moves], where[moves] // pages.page], where[moves] % pages.page) for where in (slot, target)
         )
-        for holder, name, buffer in self.buffers():
-            if holder is not pages:
-                continue  # of the whole page
+        for _, name, buffer in self.buffers():
+            if name in self.of_a_page:
+                continue
             if name in ("keys", "values"):
                 buffer[new[0], :, new[1]] = buffer[old[0], :, old[1]]
             else:
@@ -240,12 +242,25 @@ class LayerCache(PagePool):
         self.promised = 0
 
     # What is there.
+    def of_rows(self, sequences: Int[Tensor, " batch"]) -> Int[Tensor, " rows"]:
+        """What belongs to a sequence, for each of its rows: one, unless KV heads decide apart."""
+        return sequences if len(sequences) == self.rows else sequences.repeat_interleave(self.rows // len(sequences))
+
+    def rows_of(self, sequences: Int[Tensor, " chosen"], batch: int) -> Int[Tensor, " rows"]:
+        """The rows of these of `batch` sequences."""
+        each = self.rows // batch
+        return sequences if each == 1 else (sequences[:, None] * each + _count(each, sequences)).flatten()
+
     def positions(self, step: Int[Tensor, " rows"]) -> list[list[int]]:
         """Of the keys alive after each row's step, rising."""
         alive = self._alive(torch.arange(self.rows, device=step.device), step)
         table = self.pages.table.long()
         position = self.pages.position[table.clamp(min=0)].flatten(1)
         return [sorted(position[row][alive[row]].tolist()) for row in range(self.rows)]
+
+
+def _count(most: int, beside: Tensor) -> Int[Tensor, " most"]:
+    return torch.arange(most, device=beside.device)
 
 
 def _wider(table: Int[Tensor, "rows most"], most: int) -> Int[Tensor, "rows wider"]:

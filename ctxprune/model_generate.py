@@ -6,15 +6,25 @@ The model's class becomes a subclass of the same name, since generate asks the c
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
 from ctxprune.cache import PrunedCache
+from ctxprune.calls import PruningState
 from ctxprune.errors import UserError
 
 
 class Forgetting:
     """What a retrofitted model's class has before its own."""
+
+    pruning_state: PruningState
+
+    def __call__(self, *args, **kwargs):
+        """Layers meet hidden states alone; some policies ask which tokens these are."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.pruning_state.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *others, **more
@@ -30,7 +40,8 @@ class Forgetting:
             model_kwargs["past_key_values"] = cache
 
 
-def forgets(model: PreTrainedModel) -> None:
-    """Make `model.generate` use a PrunedCache."""
+def forgets(model: PreTrainedModel, state: PruningState) -> None:
+    """Make `model.generate` use a PrunedCache, and tell the layers, which share `state`, what is read."""
     original = type(model)
+    model.pruning_state = state  # type: ignore[assignment]
     model.__class__ = type(original.__name__, (Forgetting, original), {"__module__": original.__module__})

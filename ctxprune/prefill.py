@@ -11,9 +11,11 @@ from torch import Tensor
 from ctxprune.cache import PrunedCache
 
 
-def prefill(model, cache: PrunedCache, prompts: list[Tensor], chunk: int) -> Float[Tensor, "batch vocab"]:
+def prefill(
+    model, cache: PrunedCache, prompts: list[Tensor], chunk: int, ends: list[int] | None = None
+) -> Float[Tensor, "batch vocab"]:
     """Read prompts of any lengths, `chunk` tokens per pass (0: all at once), padded on the left: logits after the last
-    token of each."""
+    token of each. ends: where each prompt is over, if what is read goes on behind it."""
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
@@ -21,6 +23,7 @@ def prefill(model, cache: PrunedCache, prompts: list[Tensor], chunk: int) -> Flo
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = prompt.to(device)
         real[row, longest - len(prompt) :] = True
+    cache.prompt = torch.tensor(ends or [len(prompt) for prompt in prompts], device=device)
     position = (real.long().cumsum(1) - 1).clamp(min=0)
     mask = None if bool(real.all()) else real.long()
     # The short pass comes first: the later ones, over what the cache holds, are all of one length.

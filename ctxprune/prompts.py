@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ctxprune.errors import UserError
-from ctxprune.retrofitting import state_of, wrappers
+from ctxprune.retrofitting import wrappers
 
 
 def check_prompt(model, prompt: Int[Tensor, " n"], max_new_tokens: int) -> None:
@@ -28,12 +28,19 @@ def check_prompt(model, prompt: Int[Tensor, " n"], max_new_tokens: int) -> None:
 
 
 def page_bytes(model, page: int) -> int:
-    """Bytes of one layer's page of `page` slots: keys, values, interaction keys, and three integers per slot."""
-    config, state = model.config, state_of(model)
+    """Bytes of one layer's page of `page` slots: keys, values, interaction keys, what a ranking keeps beside them, and
+    three integers per slot."""
+    config = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    gate = None if state.mode == "dense" else wrappers(model)[0].rule.gate
+    first = wrappers(model)[0]
+    gate = None if first.mode == "dense" else first.rule.gate
     rank = 0 if gate is None else gate.query.weight.shape[0]
     size = next(model.parameters()).element_size()
-    return page * ((2 * kv_heads * width + rank) * size + 3 * 4)
+    ranking, rows, marks = first.ranking, 1, 0
+    if ranking is not None:
+        # A page is of one row, and where heads decide apart each of them is a row.
+        rows = kv_heads if ranking.config.apart else 1
+        marks = 2 * max(4, size) if ranking.scorer.marks else 0
+    return rows * page * ((2 * kv_heads // rows * width + rank) * size + marks + 3 * 4)

@@ -24,10 +24,10 @@ NOT_SEPARABLE = ("attn_logit_softcapping", "attn_logit_softcap")
 def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     """Wrap every attention layer of a causal language model of transformers, in place, and return the model.
 
-    config: GateConfig (learned gates, new trainable parameters), WindowConfig, StridedConfig or DenseConfig. The
-    model's own weights are untouched: while nothing is dropped its logits are bit-identical to before. Works for the
-    families that follow transformers' attention convention (GPT-2, Llama, Qwen3, Mistral, GPT-NeoX, ...); raises
-    UserError for the rest, and if the model is retrofitted already.
+    config: GateConfig (learned gates, new trainable parameters) or any other of ctxprune.policies. The model's own
+    weights are untouched: while nothing is dropped its logits are bit-identical to before. Works for the families that
+    follow transformers' attention convention (GPT-2, Llama, Qwen3, Mistral, GPT-NeoX, ...); raises UserError for the
+    rest, and if the model is retrofitted already.
     """
     if state_of(model, default=None) is not None:
         raise UserError("this model is already retrofitted: load the original again to change its pruning")
@@ -46,7 +46,7 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
         wrapper.rule.to(dtype=weight.dtype, device=weight.device)
         wrapper.train(inner.training)
         setattr(layer, name, wrapper)
-    forgets(model)
+    forgets(model, state)
     return model
 
 

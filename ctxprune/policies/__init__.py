@@ -8,15 +8,27 @@ ctxprune.visibility.
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 
 from ctxprune.errors import UserError
+from ctxprune.policies.budget import Budget
 from ctxprune.policies.dense import DenseConfig
+from ctxprune.policies.frequency import FrequencyConfig
+from ctxprune.policies.h2o import H2OConfig
+from ctxprune.policies.key_norm import KeyNormConfig
+from ctxprune.policies.keydiff import KeyDiffConfig
 from ctxprune.policies.learned import GateConfig
+from ctxprune.policies.random_keys import RandomConfig
+from ctxprune.policies.ranked import RankedConfig
+from ctxprune.policies.snapkv import SnapKVConfig
 from ctxprune.policies.strided import StridedConfig
+from ctxprune.policies.tova import TovaConfig
 from ctxprune.policies.window import WindowConfig
 
-PolicyConfig = DenseConfig | GateConfig | WindowConfig | StridedConfig
-POLICIES: dict[str, type] = {config.policy: config for config in (DenseConfig, GateConfig, WindowConfig, StridedConfig)}
+PolicyConfig = DenseConfig | GateConfig | WindowConfig | StridedConfig | RankedConfig
+BY_POSITION = (DenseConfig, GateConfig, WindowConfig, StridedConfig)
+RANKED = (RandomConfig, FrequencyConfig, KeyNormConfig, KeyDiffConfig, H2OConfig, TovaConfig, SnapKVConfig)
+POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *RANKED)}
 
 
 def to_dict(config: PolicyConfig) -> dict[str, object]:
@@ -29,9 +41,13 @@ def from_dict(values: dict[str, object]) -> PolicyConfig:
     values = dict(values)
     name = values.pop("policy", None)
     if name not in POLICIES:
-        raise UserError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}")
+        near = get_close_matches(str(name), POLICIES, 1, 0.0)[0]
+        raise UserError(f"unknown policy {name!r}; nearest: {near} (there are {', '.join(POLICIES)})")
     known = {field.name for field in fields(POLICIES[name])}
     if unknown := sorted(set(values) - known):
         raise UserError(f"policy {name} has no setting {unknown[0]!r}: it has {', '.join(sorted(known))}")
+    budget = values.get("budget")
+    if isinstance(budget, dict):
+        values["budget"] = Budget(**budget)
     # JSON has no tuples.
     return POLICIES[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
