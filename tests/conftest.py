@@ -26,7 +26,7 @@ install_import_hook(
     [
         f"ctxprune.{name}"
         for name in ("attention", "batches", "cache", "calls", "decoding", "drop_time")
-        + ("gate", "generation", "objective", "policies", "visibility")
+        + ("gate", "generation", "objective", "policies", "visibility", "tasks.task", "tasks.scoring")
     ],
     "beartype.beartype",
 )

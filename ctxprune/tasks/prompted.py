@@ -129,7 +129,8 @@ class FileTask:
 
     def _labelled(self, tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
         words = list(example.words) or [example.text]
-        read = tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_tokens)
+        cut = {"truncation": True, "max_length": self.max_tokens}
+        read = tokenizer(words, is_split_into_words=True, split_special_tokens=True, **cut)
         row = Row.of(read["input_ids"])
         if not example.words:
             row.answers[0], row.questions[0] = self.labels.index(example.label), 0
@@ -158,7 +159,8 @@ def _order(split: Split, seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Text that spells a special token stays text.
+    return lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _pad(tokenizer: PreTrainedTokenizerFast) -> int:

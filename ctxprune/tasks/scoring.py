@@ -17,7 +17,8 @@ from ctxprune.tasks.task import TaskBatch
 def answered(logits: Float[Tensor, "batch n classes"], batch: TaskBatch) -> Float[Tensor, "batch questions"]:
     """1 where a question is answered, 0 where not, NaN where a row has fewer questions than the most of the batch.
 
-    logits: what a model says at each position of `batch.input_ids`. A question counts when each of its tokens is the
+    logits: what a model says at each position of `batch.input_ids`; those of a classifier of whole rows, [batch,
+    classes], may be given as `logits[:, None].expand(-1, n, -1)`. A question counts when each of its tokens is the
     most likely one there, given the right tokens before it.
     """
     right = torch.zeros_like(batch.answers, dtype=torch.bool)
@@ -45,7 +46,7 @@ def loss(logits: Float[Tensor, "batch n classes"], batch: TaskBatch) -> Float[Te
 
 
 def paired_bootstrap(
-    a: Float[Tensor, " rows"], b: Float[Tensor, " rows"], seed: int = 0, resamples: int = 2000
+    a: Float[Tensor, " rows"], b: Float[Tensor, " others"], seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float, float]:
     """(mean of a - b, and its 95 % interval): a and b are two policies' scores on the same rows, in the same order.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -39,6 +40,12 @@ class TaskBatch:
     difficulty: Float[Tensor, " batch"] | None = None
     """How hard a row is, in the task's own unit (e.g. number of facts); None where it has none."""
 
+    @property
+    def position_ids(self) -> Int64[Tensor, "batch n"]:
+        """Tokens of the row before each one, padding left out: what a model with learned positions wants to be told."""
+        there = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        return (there.cumsum(1) - 1).clamp(min=0)
+
 
 class Task(Protocol):
     """A frozen config dataclass of plain values; batches are a pure function of it and three integers."""
@@ -60,7 +67,7 @@ class Task(Protocol):
         ...
 
 
-def stream(split: Split, seed: int, index: int) -> np.random.Generator:
+def stream(split: str, seed: int, index: int) -> np.random.Generator:
     """The random numbers of one batch. No two of (split, seed, index) share a stream.
 
     Raises UserError for an unknown split or a negative number.

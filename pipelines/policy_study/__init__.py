@@ -1,0 +1,1 @@
+"""Which way of pruning a context is best at what? Policies, tasks and budgets under one contract."""
