@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -45,6 +45,11 @@ class TaskBatch:
         """Tokens of the row before each one, padding left out: what a model with learned positions wants to be told."""
         there = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         return (there.cumsum(1) - 1).clamp(min=0)
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """The same batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TaskBatch(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 class Task(Protocol):

@@ -171,6 +171,26 @@ def test_recall_has_as_many_facts_as_it_says_and_decoys_that_nobody_asks_for():
     assert not decoys & set(zip(row.tolist(), batch.input_ids[row, at].tolist(), strict=True))
 
 
+def test_a_batch_moves_to_another_device_whole():
+    moved = RecallConfig().batch("train", 0, 0, 2).to("meta")
+    tensors = [moved.input_ids, moved.answers, moved.questions, moved.context_end, moved.needed, moved.difficulty]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.attention_mask is None
+
+
+def test_a_fact_lies_anywhere_and_is_asked_at_any_time():
+    """No position is favoured, and the order of the questions is not that of the facts: a policy can use neither."""
+    task = RecallConfig(fewest=8)
+    batch = task.batch("train", 0, 0, 512)
+    place = (batch.input_ids == FACT).nonzero()[:, 1]
+    assert place.min() == 1 and place.max() == task.length - 4
+    assert place.double().mean() == pytest.approx((task.length - 3) / 2, abs=1)
+    first = [
+        (batch.input_ids[row, : task.length] == batch.input_ids[row, task.length]).nonzero().item()
+        for row in range(512)
+    ]
+    assert sum(first) / 512 == pytest.approx((task.length - 3) / 2 + 1, abs=4)
+
+
 def test_filler_is_zipf_distributed():
     ids = RecallConfig().batch("train", 0, 0, 2048).input_ids
     count = torch.bincount(ids.flatten() - RecallConfig().symbols.first_filler + 500)[500:]
