@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -48,8 +48,7 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TaskBatch(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 class Task(Protocol):

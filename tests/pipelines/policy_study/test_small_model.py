@@ -12,9 +12,20 @@ from ctxprune.tasks import SYNTHETIC
 from ctxprune.tasks.needle import NeedleConfig
 from ctxprune.tasks.overwrite import OverwriteConfig
 from ctxprune.tasks.recall import RecallConfig
-from pipelines.policy_study.small_model import Shape, row_scores, stages, train
+from pipelines.policy_study.small_model import Shape, build, row_scores, stages, train
 
 EASY = RecallConfig(length=14, fewest=2, facts=4, decoys=0)
+
+
+@pytest.mark.parametrize("look_back", [True, False])
+def test_one_head_looks_at_the_previous_token_before_any_training_if_asked_to(look_back):
+    model = build(100, Shape(look_back=look_back), seed=0).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(0, 100, (4, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = model(ids, output_attentions=True).attentions
+    assert (first[:, 0].diagonal(-1, 1, 2).mean() > 0.9) == look_back
+    assert first[:, 1].diagonal(-1, 1, 2).mean() < 0.1 and second.diagonal(-1, 2, 3).mean() < 0.1
 
 
 def test_the_same_seed_gives_the_same_model_and_another_one_another():
