@@ -106,11 +106,22 @@ def _results(operation: str, impl: Impl, device: str, dtype: torch.dtype) -> lis
         return [output.detach(), alive.detach(), *torch.autograd.grad(loss, leaves)]
     pages = kernels.Pages.empty(4, 2, 2, kv_heads=2, width=WIDTH, rank=RANK, page=16, dtype=dtype, device=device)
     pages.table.copy_(torch.tensor([[3, 1], [0, 2]]))
+    step_by = impl if operation == "decode_attention" else "reference"
     steps = [
         kernels.decode_attention(
             query[:, :, k], key[:, :, k], value[:, :, k], gates[0][:, k], gates[1][:, k], beta,
-            torch.full((2,), k, device=device), pages, impl=impl,
+            torch.full((2,), k, device=device), pages, impl=step_by,
         )
         for k in range(12)
     ]  # fmt: skip
-    return [*steps, pages.drop_time]
+    if operation == "decode_attention":
+        return [*steps, pages.drop_time]
+    later = (slice(12, 17), slice(17, 32))
+    chunks = [
+        kernels.extend_attention(
+            query[:, :, part], key[:, :, part], value[:, :, part], gates[0][:, part], gates[1][:, part], beta,
+            torch.arange(part.start, part.stop, device=device).expand(2, -1), pages, impl=impl,
+        )
+        for part in later  # few at once, and more than are computed side by side
+    ]  # fmt: skip
+    return [*chunks, pages.drop_time]

@@ -87,6 +87,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "extend_attention": {
         "reference": decode_reference.extend_attention,
         "torch": torch_extend.extend_attention,
+        "native": native_path.extend_attention,
     },
 }
 

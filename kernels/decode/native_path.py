@@ -1,4 +1,4 @@
-"""How does one decoding step run on a CPU in one call? Compiled here, at its first use, for the processor at hand."""
+"""How do decoding steps run on a CPU in one call each? Compiled here, at their first use, for the processor at hand."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ NAME = "ctxprune_native"
 SWITCH = "CTXPRUNE_NATIVE"
 """Environment variable; 0: the torch path instead."""
 DTYPES = (torch.float32, torch.float64)
-SOURCES = ("native_step.cpp", "native_math.h")
+SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h")
 # OpenMP is torch's own, whose threads are used: it is not linked again. Infinities and NaN keep their meaning.
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+MOST = 1024
+"""Tokens at once."""
 BUILD_SECONDS = 15
 """What compiling takes, for whoever waits."""
 PATIENCE = 300
@@ -65,11 +67,7 @@ def decode_attention(
         raise Refused(f"query is {query.dtype}: the CPU kernel takes float32 and float64; take impl='torch'")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise Refused("the CPU kernel has no gradients; take impl='torch'")
-    token, times = (query, key, value), (step, guard, drop_time)
-    state: tuple[Tensor, ...] = (
-        pages.keys, pages.values, pages.drop_time, pages.guard, pages.position, pages.table, pages.used, pages.free,
-        pages.refused,
-    )  # fmt: skip
+    token, times, state = (query, key, value), (step, guard, drop_time), _state(pages)
     if interaction_query is None or interaction_key is None or beta is None or pages.interaction is None:
         gates: tuple[Tensor, ...] = ()
     else:
@@ -80,6 +78,49 @@ def decode_attention(
         raise Refused("the CPU kernel takes float32 or float64 throughout, as Pages.empty lays it out")
     pages.next = None
     return output
+
+
+def extend_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    interaction_query: Tensor | None,
+    interaction_key: Tensor | None,
+    beta: Tensor | None,
+    step: Tensor,
+    guard: Tensor,
+    drop_time: Tensor,
+    pages: Pages,
+    scale: float,
+) -> Tensor:
+    """Arguments and result as kernels.extend_attention.
+
+    Raises Refused, with nothing changed, as decode_attention does, and for more than MOST tokens at once.
+    """
+    gated = interaction_query is not None and interaction_key is not None and beta is not None
+    numbers = [query, key, value, pages.keys, pages.values]
+    if gated:
+        numbers += [t for t in (interaction_query, interaction_key, pages.interaction) if t is not None]
+    if query.dtype not in DTYPES or any(t.dtype != query.dtype for t in numbers):
+        raise Refused("the CPU kernel takes float32 or float64 throughout; take impl='torch'")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in numbers):
+        raise Refused("the CPU kernel has no gradients; take impl='torch'")
+    if query.shape[2] > MOST:
+        raise Refused(f"the CPU kernel takes up to {MOST} tokens at once; take impl='torch'")
+    module, state = kernel(), _state(pages)
+    gates: tuple[Tensor, ...] = ()
+    if interaction_query is not None and beta is not None and pages.interaction is not None:
+        gates, state = (interaction_query.contiguous(), beta), (*state, pages.interaction)
+    pages.store(key, value, interaction_key, step, guard, drop_time)
+    return module.extend(query, gates, step.contiguous(), state, scale)
+
+
+def _state(pages: Pages) -> tuple[Tensor, ...]:
+    """In the order of native_step.cpp; interaction keys follow where there are gates."""
+    return (
+        pages.keys, pages.values, pages.drop_time, pages.guard, pages.position, pages.table, pages.used, pages.free,
+        pages.refused,
+    )  # fmt: skip
 
 
 def switched_off() -> bool:

@@ -1,9 +1,12 @@
-// How is one decoding step called from Python? It looks at types and layouts and chooses slots, for native_math.h.
+// How are the CPU's kernels called from Python? One step looks at types and layouts and chooses slots, for
+// native_math.h; several tokens at once, whose types Python has compared, are handed on to native_extend.h.
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "native_extend.h"
 #include "native_math.h"
 
 namespace {
@@ -131,6 +134,59 @@ std::optional<at::Tensor> step(const Tensors& token, const Tensors& gates, const
   return (type == at::kFloat ? typed<float> : typed<double>)(token, gates, beta, times, state, next, scale);
 }
 
+template <typename T>
+at::Tensor extended(const at::Tensor& query, const Tensors& gates, const at::Tensor& steps, const Tensors& state,
+                    double scale) {
+  const at::Tensor &keys = state[KEYS], &table = state[TABLE], &used = state[USED];
+  at::Tensor output = at::zeros(query.sizes(), query.options());
+  Extend<T> e{};
+  e.query = query.const_data_ptr<T>();
+  e.query_row = query.stride(0), e.query_head = query.stride(1), e.query_token = query.stride(2);
+  e.keys = keys.const_data_ptr<T>(), e.values = state[VALUES].const_data_ptr<T>();
+  e.drop_times = state[DROP_TIMES].data_ptr<int32_t>(), e.guards = state[GUARDS].const_data_ptr<int32_t>();
+  e.positions = state[POSITIONS].const_data_ptr<int32_t>(), e.table = table.const_data_ptr<int32_t>();
+  e.rows = query.size(0), e.heads = query.size(1), e.n = query.size(2), e.width = query.size(3);
+  e.kv_heads = keys.size(1), e.page = keys.size(2), e.most = table.size(1);
+  e.scale = static_cast<T>(scale), e.output = output.data_ptr<T>();
+  if (!gates.empty()) {
+    e.gate_query = gates[0].const_data_ptr<T>(), e.gate_keys = state[GATE_KEYS].const_data_ptr<T>();
+    e.rank = gates[0].size(2), e.beta = static_cast<T>(number(gates[1]));
+  }
+  for (int64_t r = 0; r < e.rows; ++r)
+    for (int64_t k = 0; k * e.page < std::min<int64_t>(used.const_data_ptr<int32_t>()[r], e.most * e.page); ++k) {
+      const int32_t page = e.table[r * e.most + k];
+      TORCH_CHECK_INDEX(page >= 0 && page < keys.size(0), "pages.table: no such page, ", page);
+    }
+  const pybind11::gil_scoped_release others_may_run;
+  e.run(steps.const_data_ptr<int32_t>(), used.const_data_ptr<int32_t>());
+  return output;
+}
+
+// The output for queries (rows, heads, n, width) whose tokens are stored. gates: interaction queries and beta, or none;
+// steps: (rows, n); state: as above. Raises where layouts are not those that this file is written for.
+at::Tensor extend(const at::Tensor& query, const Tensors& gates, const at::Tensor& steps, const Tensors& state,
+                  double scale) {
+  const auto type = query.scalar_type();
+  const bool whole = std::all_of(state.begin(), state.end(), [](const at::Tensor& t) { return t.is_contiguous(); });
+  const Tensors integers(state.begin() + DROP_TIMES, state.begin() + GATE_KEYS);
+  const at::Tensor& keys = state[KEYS];
+  TORCH_CHECK((type == at::kFloat || type == at::kDouble) && are(type, {query, keys, state[VALUES]}) && whole &&
+                  are(at::kInt, integers) && are(at::kInt, {steps}) && steps.is_contiguous(),
+              "query, steps or pages have another type or layout");
+  TORCH_CHECK(gates.empty() || (are(type, {gates[0], state[GATE_KEYS]}) && gates[0].is_contiguous() &&
+                                gates[0].size(0) == query.size(0) && gates[0].size(1) == query.size(2) &&
+                                gates[0].size(2) == state[GATE_KEYS].size(2)),
+              "interaction queries do not fit the pages");
+  TORCH_CHECK(query.dim() == 4 && query.size(3) == keys.size(3) && query.size(1) % keys.size(1) == 0 &&
+                  keys.sizes() == state[VALUES].sizes() && query.size(0) == state[TABLE].size(0) &&
+                  steps.size(0) == query.size(0) && steps.size(1) == query.size(2),
+              "query or steps do not fit the pages");
+  return (type == at::kFloat ? extended<float> : extended<double>)(query, gates, steps, state, scale);
+}
+
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("step", &step); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("step", &step);
+  m.def("extend", &extend);
+}

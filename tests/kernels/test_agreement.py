@@ -44,7 +44,7 @@ def recorded(monkeypatch, operation: str, impl: str, change=lambda result: resul
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("operation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("operation", [name for name, ways in kernels.IMPLEMENTATIONS.items() if "triton" in ways])
 def test_every_kernel_agrees_as_it_is_shipped(operation, dtype):
     """Its own tiles, width and rank, on three tiles of tokens."""
     assert agreement.disagreement(operation, "cpu", dtype) == ""

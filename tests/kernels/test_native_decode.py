@@ -213,8 +213,9 @@ def test_it_can_be_switched_off_and_on_again(monkeypatch, caplog):
     assert native == [] and plain == [(2, 4, 8)] and not caplog.records
     with pytest.raises(checks.Refused, match="switched off"):
         decoded(tensors := problem(n=1), pool(tensors), "native")
-    (row,) = [row for row in kernels.describe() if row["implementation"] == "native"]
-    assert row["operation"] == "decode_attention" and not row["available"] and "CTXPRUNE_NATIVE=0" in row["reason"]
+    rows = [row for row in kernels.describe() if row["implementation"] == "native"]
+    assert [row["operation"] for row in rows] == ["decode_attention", "extend_attention"]
+    assert all(not row["available"] and "CTXPRUNE_NATIVE=0" in row["reason"] for row in rows)
     monkeypatch.delenv(native_path.SWITCH)
     step_of()
     assert (2, 4, 8) in native
