@@ -151,9 +151,10 @@ class Cached:
             drop_time = self.drop_time[:, i]
         if cache.max_live_tokens is not None:
             enforce(layer, gate_query, beta, step, cache.max_live_tokens)
-        layer.make_room(step, idle=new.real is not None, again=not cache.reversible)
         if cache.reversible:
             layer.pages.free.fill_(-1)  # slots of dropped keys may have to come back
+        # Slots that are planned ahead would be planned anew whenever tokens are taken back.
+        layer.make_room(step, idle=new.real is not None or cache.reversible)
         now = query[:, :, i]
         output = kernels.decode_attention(
             now, key[:, :, i], value[:, :, i], gate_query, gate_key, beta, step, layer.pages,

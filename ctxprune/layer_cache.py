@@ -33,8 +33,8 @@ class LayerCache(PagePool):
     """Tokens that every row has room for, for sure (on a GPU)."""
 
     # Giving room.
-    def make_room(self, step: Int[Tensor, " rows"], *, idle: bool = False, again: bool = True) -> None:
-        """Every row can take the token of this step. idle: some rows have none; again: in slots of dropped keys too.
+    def make_room(self, step: Int[Tensor, " rows"], *, idle: bool = False) -> None:
+        """Every row can take the token of this step. idle: some rows have none, or the next slot has to do.
 
         Where tokens go is decided for many steps at once and told to the attention, so that a step need not search. On
         a GPU the kernel searches by itself and no step waits; rows that idle are few, and short.
@@ -43,14 +43,14 @@ class LayerCache(PagePool):
             self._make_room_anywhere()
             return
         if self.plan is None or self.taken == self.plan.page.shape[1]:
-            self.plan, self.taken = self._planned(step, again), 0
+            self.plan, self.taken = self._planned(step), 0
         self.pages.next = Slots(self.plan.page[:, self.taken], self.plan.place[:, self.taken])
         self.taken += 1
 
-    def _planned(self, step: Int[Tensor, " rows"], again: bool) -> Slots:
+    def _planned(self, step: Int[Tensor, " rows"]) -> Slots:
         """Slots for the next steps, (rows, steps): the rest of each row's pages, then slots of dropped keys; a page
         more for rows that have few of both."""
-        rank, count = self._takeable(step, again)
+        rank, count = self._takeable(step)
         if bool((count < FEW).any()):
             try:
                 self.give((count < FEW).long())
@@ -58,20 +58,20 @@ class LayerCache(PagePool):
                 if bool((count < 1).any()):
                     raise
             else:
-                rank, count = self._takeable(step, again)
+                rank, count = self._takeable(step)
         slot = rank.argsort(dim=1, stable=True)[:, : min(AHEAD, int(count.min()))]
         pages = self.pages
         pages.used.copy_(torch.maximum(pages.used, slot.amax(1) + 1))
         return Slots(pages.table.gather(1, slot // pages.page).long(), slot % pages.page)
 
-    def _takeable(self, step: Tensor, again: bool) -> tuple[Int[Tensor, "rows slots"], Int[Tensor, " rows"]]:
+    def _takeable(self, step: Tensor) -> tuple[Int[Tensor, "rows slots"], Int[Tensor, " rows"]]:
         """Of each row's slots along its table: 0 never used, 1 of a dropped key, 2 neither; and how many are not 2."""
         pages = self.pages
         place = torch.arange(pages.table.shape[1] * pages.page, device=step.device)
         used = place < pages.used[:, None]
         dropped = used & ~self._alive(torch.arange(self.rows, device=step.device), step - 1)
         behind = ~used & (place < (self.given() * pages.page)[:, None])
-        rank = torch.where(behind, 0, torch.where(dropped, 1, 2) if again else 2)
+        rank = torch.where(behind, 0, torch.where(dropped, 1, 2))
         return rank, (rank < 2).sum(1)
 
     def _make_room_anywhere(self) -> None:
@@ -109,7 +109,7 @@ class LayerCache(PagePool):
             return lacking if self.promised == 0 else torch.zeros_like(lacking)
         if self.plan is not None and self.taken < self.plan.page.shape[1]:
             return torch.zeros(self.rows, dtype=torch.bool)
-        return self._takeable(step, True)[1] < 1
+        return self._takeable(step)[1] < 1
 
     def make_room_for(self, tokens: Int[Tensor, " rows"]) -> None:
         """Each row can take this many more tokens in its next slots."""

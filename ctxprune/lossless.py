@@ -29,7 +29,8 @@ from ctxprune.speculation import DraftLength
 class LosslessGeneration:
     """tokens: the new tokens of each prompt; drafted, accepted: tokens, over all rows; passes: dense passes that
     verified; steps: pruned steps that drafted; expected_speedup: over dense decoding by the bytes both move, at the
-    acceptance found (below 1 this mode loses: the cache does not outweigh the weights, or drafts are refused)."""
+    acceptance found (below 1 this mode loses: the cache does not outweigh the weights, or drafts are refused);
+    cache_bytes, draft_cache_bytes: what was alive in the full cache and in the drafting one when writing began."""
 
     tokens: list[Int[Tensor, " _"]]
     drafted: int
@@ -37,6 +38,8 @@ class LosslessGeneration:
     passes: int
     steps: int
     expected_speedup: float
+    cache_bytes: int = 0
+    draft_cache_bytes: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -88,6 +91,13 @@ def settle(
             left = left / left.sum() if float(left.sum()) > 0 else p
             return [*drafts[:place], draws.pick(left)]
     return [*drafts, draws.pick(exact[len(drafts)])]
+
+
+def settle_greedy(drafts: Int[Tensor, "rows drafts"], choices: Int[Tensor, "rows more"]) -> list[list[int]]:
+    """The same of greedy rows, all at once: a draft is accepted where dense decoding chooses it too, so that what is
+    written are dense decoding's choices up to the first that differs."""
+    agreed = (drafts == choices[:, :-1]).long().cumprod(1).sum(1).tolist()
+    return [row[: count + 1] for row, count in zip(choices.tolist(), agreed, strict=True)]
 
 
 @dataclass(eq=False)
@@ -153,7 +163,7 @@ class _Session:
     """The two caches, and the rows that are not finished."""
 
     def __init__(self, model, prompts: list[Tensor], how: Sampling, chunk: int, length: DraftLength):
-        self.model, self.how, self.length = model, how, length
+        self.model, self.how, self.length, self.greedy = model, how, length, how.temperature == 0
         device = next(model.parameters()).device
         self.full, self.pruned = PrunedCache(), PrunedCache()
         with mode(model, "dense"):
@@ -169,12 +179,13 @@ class _Session:
         self.finished: dict[int, list[int]] = {}
         self.passes = self.steps = 0
         self.first: Tensor | None = logits
+        self.began_with = self.full.live_bytes(), self.pruned.live_bytes()
 
     def write(self, most: int, end: int | None, on_token: Callable[[int, int], None] | None) -> None:
         """One round: drafts, one dense pass, and what comes of it in every row."""
         if self.first is not None:
-            exact, self.first = self._exact(self.first), None
-            written = [[row.draws.pick(exact[place])] for place, row in enumerate(self.rows)]
+            chosen, self.first = self._drawn(self._proposed(self.first)), None
+            written = chosen[:, None].tolist()
             for row, tokens in zip(self.rows, written, strict=True):
                 row.pending = list(tokens)
         else:
@@ -196,18 +207,20 @@ class _Session:
 
     def _round(self, most: int) -> list[list[int]]:
         """What each row writes of this round's drafts."""
-        left = most - max(len(row.tokens) for row in self.rows)
-        count = min(self.length.best(self.full, self.pruned), left - 1)
-        drafts, proposed = self._draft(count)
         before = self.full.lengths.clone()
-        fed = torch.tensor([[row.last, *drafts[place]] for place, row in enumerate(self.rows)])
+        count = min(self.length.best(self.full, self.pruned), self._useful(most, int(before.max())))
+        drafts, proposed = self._draft(count)
+        last = torch.tensor([row.last for row in self.rows], device=drafts.device)
         with mode(self.model, "dense"):
-            exact = self._exact(self._feed(self.full, fed))
+            exact = self._proposed(self._feed(self.full, torch.cat([last[:, None], drafts], 1)))
         self.passes += 1
-        written = []
-        for place, row in enumerate(self.rows):
-            written.append(settle(drafts[place], proposed[place], exact[place], row.draws))
-            self.length.learn(len(drafts[place]), len(written[-1]) - 1)
+        if proposed is None:
+            written = settle_greedy(drafts, exact)
+        else:
+            each = zip(drafts.tolist(), proposed, exact, self.rows, strict=True)
+            written = [settle(mine, q, p, row.draws) for mine, q, p, row in each]
+        for tokens in written:
+            self.length.learn(count, len(tokens) - 1)
         accepted = torch.tensor([len(tokens) - 1 for tokens in written], device=before.device)
         self.full.rewind(before + 1 + accepted)
         # The drafting cache never saw the last draft: where all were accepted it is still to come.
@@ -218,19 +231,40 @@ class _Session:
         self.pruned.rewind(torch.minimum(before + 1 + accepted, self.pruned.lengths))
         return written
 
-    def _draft(self, count: int) -> tuple[list[list[int]], Tensor]:
-        """`count` drafts per row and what they were drawn from, (rows, count, vocab)."""
-        drafts: list[list[int]] = [[] for _ in self.rows]
+    def _useful(self, most: int, longest: int) -> int:
+        """Drafts that some row can still use, and that have a position in every row: one that is nearly done must not
+        hold up the others, and what it is given beyond its end is forgotten with it."""
+        useful = most - min(len(row.tokens) for row in self.rows) - 1
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return useful if positions is None else max(0, min(useful, positions - longest - 1))
+
+    def _draft(self, count: int) -> tuple[Int[Tensor, "rows count"], Tensor | None]:
+        """`count` drafts per row and, unless greedy, what they were drawn from, (rows, count, vocab)."""
+        drafts: list[Tensor] = []
         proposed: list[Tensor] = []
         for step in range(count):
             with mode(self.model, "hard"):
-                logits = self._feed(self.pruned, *self._pending() if step == 0 else (_column(drafts),))
+                logits = self._feed(self.pruned, *self._pending() if step == 0 else (drafts[-1][:, None],))
             self.steps += 1
-            proposed.append(self._exact(logits[:, -1:])[:, 0])
-            for place, row in enumerate(self.rows):
-                drafts[place].append(row.draws.pick(proposed[-1][place]))
-        vocab = self.model.config.vocab_size
-        return drafts, torch.stack(proposed, 1) if proposed else torch.zeros(len(self.rows), 0, vocab)
+            proposed.append(self._proposed(logits[:, -1]))
+            drafts.append(self._drawn(proposed[-1]))
+        device = self.full.lengths.device
+        made = torch.stack(drafts, 1) if drafts else torch.zeros(len(self.rows), 0, dtype=torch.long, device=device)
+        if self.greedy:
+            return made, None
+        nothing = torch.zeros(len(self.rows), 0, self.model.config.vocab_size)
+        return made, torch.stack(proposed, 1) if proposed else nothing
+
+    def _proposed(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from: probabilities (..., vocab); greedy, the likeliest tokens (...)."""
+        return logits.argmax(-1) if self.greedy else probabilities(logits, self.how)
+
+    def _drawn(self, proposed: Tensor) -> Int[Tensor, " rows"]:
+        """One token per row."""
+        if self.greedy:
+            return proposed
+        chosen = [row.draws.pick(mine) for row, mine in zip(self.rows, proposed, strict=True)]
+        return torch.tensor(chosen, device=proposed.device)
 
     def _pending(self) -> tuple[Tensor, Tensor | None]:
         """What the drafting cache has not seen, padded on the left, and where it is real."""
@@ -249,16 +283,9 @@ class _Session:
         inputs = {"position_ids": position, "attention_mask": real, "past_key_values": cache, "use_cache": True}
         return self.model(ids.to(device), **inputs).logits
 
-    def _exact(self, logits: Tensor) -> Tensor:
-        return probabilities(logits, self.how)
-
     def result(self) -> LosslessGeneration:
         tokens = [torch.tensor(self.finished[index]) for index in sorted(self.finished)]
         length = self.length
         return LosslessGeneration(
-            tokens, length.drafted, length.accepted, self.passes, self.steps, length.expected_speedup
+            tokens, length.drafted, length.accepted, self.passes, self.steps, length.expected_speedup, *self.began_with
         )
-
-
-def _column(drafts: list[list[int]]) -> Int[Tensor, "rows 1"]:
-    return torch.tensor([[row[-1]] for row in drafts])

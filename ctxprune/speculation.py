@@ -17,6 +17,8 @@ MEMORY = 0.9
 """Weight of what was known before, per token drafted."""
 MOST = 16
 """Drafts at most."""
+WEIGH_EVERY = 8
+"""Rounds between two looks at what the caches hold: it grows by a few tokens a round."""
 
 
 def speedup(acceptance: float, drafts: int, draft_cost: float) -> float:
@@ -32,12 +34,14 @@ class DraftLength:
         self.fixed = fixed
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.acceptance, self.draft_cost = FIRST_GUESS, 1.0
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.rounds = 0
 
     def best(self, full: PrunedCache, pruned: PrunedCache) -> int:
         """Drafts for the next round: those that are expected to pay most, at least one, so that acceptance is known."""
-        everything, kept = full.live_bytes(), pruned.live_bytes()
-        self.draft_cost = (self.weight_bytes + kept) / (self.weight_bytes + everything)
+        if self.rounds % WEIGH_EVERY == 0:
+            everything, kept = full.live_bytes(), pruned.live_bytes()
+            self.draft_cost = (self.weight_bytes + kept) / (self.weight_bytes + everything)
+        self.rounds += 1
         if self.fixed is not None:
             return self.fixed
         return max(range(1, MOST + 1), key=lambda drafts: speedup(self.acceptance, drafts, self.draft_cost))

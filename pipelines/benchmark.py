@@ -51,8 +51,11 @@ def main(config: Config, overrides: list[str]) -> int:
 
 def _feedback(config: Config, folder: Path, data: Path) -> int:
     settings = config.benchmark
-    about = {"checkpoint": folder.name, "benchmark": vars(settings), "machine": machine(), "versions": versions()}
-    ids = text_of(data, settings)
-    for record in feedback_benchmark.records(checkpoint.load(folder), ids, settings.prompt, settings.repeats):
+    about = {"checkpoint": folder.name, "benchmark": vars(settings), "feedback": vars(config.feedback)}
+    about |= {"machine": machine(), "versions": versions()}
+    ids, asked = text_of(data, settings), config.feedback
+    for record in feedback_benchmark.records(
+        checkpoint.load(folder), ids, settings.prompt, settings.repeats, asked.loops, asked.draft
+    ):
         output.emit(record | about, config.format, feedback_benchmark.line(record))
     return 0

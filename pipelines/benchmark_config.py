@@ -23,6 +23,16 @@ class BenchmarkConfig:
 
 
 @dataclass
+class FeedbackConfig:
+    """What benchmark target=feedback measures on a saved model, on benchmark.batch rows of held-out text."""
+
+    loops: list[str] = field(default_factory=lambda: ["alarm", "lossless"])
+    """alarm (which shares of attention bring dropped keys back) or lossless (drafts that the dense model verifies)."""
+    draft: int = 0
+    """Drafts per round of the lossless mode; 0: as many as pay at the acceptance so far."""
+
+
+@dataclass
 class KernelsConfig:
     """One attention layer for benchmark target=kernels: random inputs, or with checkpoint=FOLDER the layers of a model,
     whose sizes and context then count instead of lengths, heads, kv_heads, width, rank, drops and alphas."""

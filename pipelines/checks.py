@@ -56,6 +56,7 @@ RANGES = {
     "benchmark.prompt": "[1, 1048576]",
     "benchmark.new_tokens": "[1, 1048576]",
     "benchmark.repeats": "[1, 1000]",
+    "feedback.draft": "[0, 64]",
     "kernels.lengths": "[1, 1048576]",
     "kernels.batch": "[1, 4096]",
     "kernels.decode_batch": "[1, 4096]",
@@ -86,6 +87,8 @@ RANGES = {
     "generate.top_k": "[0, 1000000]",
     "generate.top_p": "(0, 1]",
     "generate.seed": "[0, 9223372036854775807]",
+    "generate.max_live_tokens": "[1, 1048576]",
+    "generate.alarm_share": "(0, 1)",
 }
 
 WORDS = {
@@ -94,6 +97,7 @@ WORDS = {
     "pruning.policy": ("dense", "learned", "window", "strided"),
     "engine.dtype": ("float32", "bfloat16"),
     "benchmark.target": ("decoding", "kernels", "generation", "feedback"),
+    "feedback.loops": ("alarm", "lossless"),
     "kernels.operations": ("training", "prefill", "decoding"),
     "kernels.dtype": ("float32", "bfloat16", "float16"),
     "tracking.mode": ("offline", "online", "off"),
@@ -121,6 +125,7 @@ def check(config: Config, *, trial: bool = True) -> None:
     _check_engine(config)
     _check_kernels(config)
     _check_generation(config)
+    _check_generate(config)
     if trial:
         _check_data(config)
         _check_pruning(config)
@@ -274,6 +279,17 @@ def _check_generation(config: Config) -> None:
     if settings.checkpoint is not None and not Path(settings.checkpoint).expanduser().is_dir():
         given = f"generation.checkpoint={settings.checkpoint}"
         raise UserError(f"{given}: no such folder; give one written by train or sweep")
+
+
+def _check_generate(config: Config) -> None:
+    asked, named = config.generate, []
+    for name, on in (("max_live_tokens", asked.max_live_tokens), ("alarm_share", asked.alarm_share)):
+        named += [name] if on is not None else []
+    named += ["lossless"] if asked.lossless else []
+    if len(named) > 1:
+        raise UserError(f"generate.{named[0]} does not go with generate.{named[1]}: leave one of them out")
+    if not config.feedback.loops:
+        raise UserError(f"feedback.loops is empty: list some of {', '.join(WORDS['feedback.loops'])}")
 
 
 def _check_engine(config: Config) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.benchmark_config import BenchmarkConfig, GenerationConfig, KernelsConfig
+from pipelines.benchmark_config import BenchmarkConfig, FeedbackConfig, GenerationConfig, KernelsConfig
 
 
 @dataclass
@@ -190,6 +190,12 @@ class GenerateConfig:
     """Sample from the likeliest tokens that hold this probability, in (0, 1]."""
     seed: int = 0
     """Seed of the sampling."""
+    max_live_tokens: int | None = None
+    """Keys per layer that are never exceeded, the newest included; empty: as many as the policy keeps."""
+    alarm_share: float | None = None
+    """Bring dropped keys back where they may have more than this share of a query's attention; empty: never."""
+    lossless: bool = False
+    """Write exactly what the dense model would: the pruned one drafts, the dense one verifies."""
 
 
 @dataclass
@@ -216,6 +222,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

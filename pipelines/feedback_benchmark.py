@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -22,15 +22,27 @@ SHARES = (0.999, 0.99, 0.9, 0.5)
 """What the alarms allow dropped keys to have of a query's attention."""
 
 
-def records(model, ids: Int[Tensor, "batch n"], prompt: int, repeats: int) -> Iterator[dict[str, object]]:
-    """One record per way to decode: ids are read up to `prompt`, then fed token by token. The last is the lossless
-    mode's, which continues the prompts."""
+LOOPS = ("alarm", "lossless")
+
+
+def records(
+    model, ids: Int[Tensor, "batch n"], prompt: int, repeats: int, loops: Sequence[str] = LOOPS, draft: int = 0
+) -> Iterator[dict[str, object]]:
+    """One record per way to decode. alarm: ids are read up to `prompt`, then fed token by token, without an alarm and
+    with several; lossless: the mode continues the prompts, with `draft` drafts a round (0: as many as pay)."""
+    if "alarm" in loops:
+        yield from alarms(model, ids, prompt)
+    if "lossless" in loops:
+        yield lossless(model, ids[:, :prompt], ids.shape[1] - prompt, repeats, draft)
+
+
+def alarms(model, ids: Int[Tensor, "batch n"], prompt: int) -> Iterator[dict[str, object]]:
+    """Without an alarm, then with one by what it allows."""
     with torch.inference_mode(), mode(model, "dense"):
         dense = model(ids, use_cache=False).logits[:, prompt - 1 : -1].double()
     yield agreement(model, ids, prompt, dense, None)
     for share in SHARES:
         yield agreement(model, ids, prompt, dense, Alarm(share=share))
-    yield lossless(model, ids[:, :prompt], ids.shape[1] - prompt, repeats)
 
 
 def agreement(model, ids: Tensor, prompt: int, dense: Tensor, alarm: Alarm | None) -> dict[str, object]:
@@ -62,31 +74,69 @@ def agreement(model, ids: Tensor, prompt: int, dense: Tensor, alarm: Alarm | Non
     return record
 
 
-def lossless(model, prompts: Int[Tensor, "batch n"], new_tokens: int, repeats: int) -> dict[str, object]:
-    """Greedy text of the lossless mode and of the dense model, in turn."""
-    times: dict[str, list[float]] = {"lossless": [], "dense": []}
+def lossless(
+    model, prompts: Int[Tensor, "batch n"], new_tokens: int, repeats: int, draft: int = 0
+) -> dict[str, object]:
+    """Greedy text of the lossless mode and of the dense model, in turn. Writing is timed from the first tokens to the
+    last; the lossless mode reads its prompts twice, which stands apart."""
+    write, whole = [], []
+    settings = {"max_new_tokens": new_tokens, "draft": draft or None}
     for _ in range(repeats):
-        made, seconds = _timed(lambda: generate_lossless(model, prompts, max_new_tokens=new_tokens))
-        times["lossless"].append(seconds)
+        made, *mine = _timed(generate_lossless, model, prompts, **settings)
         with mode(model, "dense"):
-            dense, seconds = _timed(lambda: generate(model, prompts, max_new_tokens=new_tokens))
-        times["dense"].append(seconds)
+            dense, *its = _timed(generate, model, prompts, max_new_tokens=new_tokens)
+        write.append(its[1] / mine[1])
+        whole.append(sum(its) / sum(mine))
     pairs = zip(made.tokens, dense.tokens, strict=True)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "kind": "feedback",
         "method": "lossless",
+        "rows": len(prompts),
+        "prompt_tokens": prompts.shape[1],
+        "new_tokens": new_tokens,
+        "threads": torch.get_num_threads(),
+        "weight_bytes": weights,
+        "cache_bytes": made.cache_bytes,
+        "cache_over_weights": made.cache_bytes / weights,
+        "draft_cache_share": made.draft_cache_bytes / made.cache_bytes,
         "differing_tokens": sum(int((one != other).sum()) for one, other in pairs),
+        "differing_rows": sum(not torch.equal(*pair) for pair in zip(made.tokens, dense.tokens, strict=True)),
         "tokens": sum(len(row) for row in dense.tokens),
         "acceptance": made.acceptance,
         "drafts_per_pass": made.steps / max(1, made.passes),
         "expected_speedup": made.expected_speedup,
-        "speedup": statistics.median(times["dense"]) / statistics.median(times["lossless"]),
+        "speedup": statistics.median(write),
+        "speedup_spread": [min(write), max(write)],
+        "speedup_with_prompts": statistics.median(whole),
+        "repeats": repeats,
+        "dense_ms_per_step": 1e3 * its[1] / max(1, new_tokens - 1),
     }
 
 
-def _timed(work: Callable):
+def _timed(write: Callable, model, prompts: Tensor, **settings):
+    """What was written, seconds to the first token, seconds from it to the last."""
+    first: list[float] = []
+
+    def heard(row: int, token: int) -> None:
+        if not first:
+            first.append(time.perf_counter())
+
     start = time.perf_counter()
-    return work(), time.perf_counter() - start
+    made = write(model, prompts, on_token=heard, **settings)
+    return made, first[0] - start, time.perf_counter() - first[0]
+
+
+def _regime(record: dict) -> str:
+    """What the speed was measured on, where the record says it."""
+    if "rows" not in record:
+        return ""
+    low, high = record["speedup_spread"]
+    return (
+        f", {low:.2f} to {high:.2f} in {record['repeats']} repeats, {record['speedup_with_prompts']:.2f}x with prompts"
+        f"; {record['rows']} rows, {record['prompt_tokens']} + {record['new_tokens']} tokens, cache "
+        f"{record['cache_over_weights']:.1f} times the weights, {record['draft_cache_share']:.0%} of it for drafts"
+    )
 
 
 def line(record: dict) -> str:
@@ -96,6 +146,7 @@ def line(record: dict) -> str:
             f"lossless: {record['differing_tokens']} of {record['tokens']} greedy tokens are not the dense model's; "
             f"{record['acceptance']:.1%} of the drafts accepted, {record['drafts_per_pass']:.1f} per pass; "
             f"{record['speedup']:.2f}x dense speed ({record['expected_speedup']:.2f}x by the bytes moved)"
+            f"{_regime(record)}"
         )
     text = (
         f"{record['method']:18} says what the dense model says {record['agreement']:7.2%}  "

@@ -37,7 +37,7 @@ def peers(settings: KernelsConfig, device: torch.device, heads: int) -> list[Pee
         exact, plain = partial(ours, "reference", gated), partial(_plain, gated)
         found += [
             Peer(f"ctxprune {impl}{suffix}", partial(ours, impl, gated), gated, exact=exact, plain=plain)
-            for impl in implementations("decode_attention", device)
+            for impl in implementations("decode_attention", device, settings.dtype)
         ]
     return [*found, Peer(NO_GATES, _sdpa, False)]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.decode import native_path
 from pipelines.kernel_benchmark.problem import Problem
 
 NO_GATES = "SDPA, no gates"
@@ -62,10 +63,13 @@ class Peer:
     """Why it cannot run here."""
 
 
-def implementations(operation: str, device: torch.device) -> list[str]:
-    """Our implementations that are meant for the device."""
+def implementations(operation: str, device: torch.device, dtype: str = "float32") -> list[str]:
+    """Our implementations that are meant for the device and can run there; the one that impl="auto" takes comes
+    first."""
     triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return [name for name in kernels.IMPLEMENTATIONS[operation] if name == ("triton" if triton else "torch")]
+    native = device.type == "cpu" and getattr(torch, dtype) in native_path.DTYPES and not native_path.available()
+    wanted = ("triton",) if triton else ("native", "torch") if native else ("torch",)
+    return [name for name in wanted if name in kernels.IMPLEMENTATIONS[operation]]
 
 
 def results(prepared: Prepared, main: str) -> list[Tensor]:

@@ -64,14 +64,14 @@ def test_no_token_differs():
 def test_drafts_are_the_pruned_models_own():
     """What is drafted after refused drafts is what the pruned model would have written after the same text."""
     model, prompt, seen = gated().double(), tokens(1, 20)[0], []
-    original = module.settle
+    original = module.settle_greedy
 
-    def heard(drafts, proposed, exact, draws):
-        seen.append(list(drafts))
-        return original(drafts, proposed, exact, draws)
+    def heard(drafts, choices):
+        seen.append(drafts[0].tolist())
+        return original(drafts, choices)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "settle", heard)
+        patch.setattr(module, "settle_greedy", heard)
         made = generate_lossless(model, [prompt], max_new_tokens=40, draft=3)
     text, place, compared = torch.cat([prompt, made.tokens[0]]), len(prompt) + 1, 0
     for drafts in seen:

@@ -138,3 +138,22 @@ def test_generate_continues_a_prompt(study):
     done = ctxprune("generate", learned(folder), "generate.prompt=def f(", "generate.max_new_tokens=5", folder=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def f(") and "context tokens still alive" in done.stdout
+
+
+def test_generate_under_a_cap_an_alarm_and_without_loss(study):
+    """What it says is what it was asked for; two at once are refused in a line."""
+    folder, _ = study
+    words = ["generate.prompt=def f(", "generate.max_new_tokens=12", "format=json"]
+
+    def written(*how: str) -> dict:
+        done = ctxprune("generate", learned(folder), *words, *how, folder=folder)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    capped, alarmed = written("generate.max_live_tokens=2"), written("generate.alarm_share=0.001")
+    assert capped["live_tokens"] <= 2 < written()["live_tokens"] <= alarmed["live_tokens"]
+    exact = written("generate.lossless=true")
+    assert exact["new_tokens"] == 12 and 0 <= exact["accepted"] <= exact["drafted"] and "live_tokens" not in exact
+    done = ctxprune("generate", learned(folder), "generate.lossless=true", "generate.max_live_tokens=2", folder=folder)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
+    assert "generate.max_live_tokens does not go with generate.lossless" in done.stderr
