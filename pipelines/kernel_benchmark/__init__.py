@@ -113,10 +113,12 @@ def _times(own: dict[str, list[float]], facts: dict[str, object], main: str) -> 
 
 
 def _ratios(found: dict[str, dict], name: str, operation: ModuleType) -> dict[str, float | None]:
-    """Our median over that of the others, each named by how its name ends; None where one was not measured."""
+    """Our median over that of the others, each named by how its name ends, the same implementation first; None where
+    one was not measured."""
     key, ratios = f"{operation.MAIN}_ms", {"over_sdpa": None, "over_reference": None}
     for short, ending in operation.OVER.items():
-        other = next((other for other in found if other.endswith(ending)), None)
+        own = name.removesuffix(ending) + ending
+        other = own if own in found else next((other for other in found if other.endswith(ending)), None)
         ratios[f"over_{short}"] = found[name][key] / found[other][key] if other not in (None, name) else None
     return ratios
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.decode import native_path
 from pipelines import kernel_benchmark, output
 from pipelines.config import Config, KernelsConfig
 from pipelines.kernel_benchmark import OPERATIONS, clock, lines, memory, problem
@@ -89,6 +90,21 @@ def test_every_peer_has_a_record_with_its_numbers_or_its_reason(monkeypatch, cap
         assert ("peak_bytes" in record) == (record["operation"] != "decoding")
         assert ("gb_per_second" in record) == ("cache_bytes" in record) == (record["operation"] == "decoding")
         assert ("over_sdpa" in record) == record["peer"].startswith("ctxprune")
+
+
+@pytest.mark.skipif(bool(native_path.available()), reason=f"native: {native_path.available()}")
+def test_decoding_times_the_native_step_where_it_runs(monkeypatch, capsys):
+    """Beside the torch path, each over its own time for every key; what it does not take is not asked of it."""
+    _, records = run(monkeypatch, capsys, operations=["decoding"], drops=[0.7])
+    times = {r["peer"]: r["step_ms"] for r in records if "peer" in r}
+    for name in ("ctxprune native", "ctxprune torch"):
+        (mine,) = (r for r in records if r.get("peer") == name)
+        assert mine["over_dense"] == times[name] / times[f"{name}, every key, no gates"]
+    names = [peer.name for peer in OPERATIONS["decoding"].peers(dataclasses.replace(SMALL, dtype="bfloat16"), CPU, 4)]
+    assert names[0] == "ctxprune torch" and not any("native" in name for name in names)
+    monkeypatch.setenv(native_path.SWITCH, "0")
+    assert not any("native" in peer.name for peer in OPERATIONS["decoding"].peers(SMALL, CPU, 4))
+    assert not any("native" in peer.name for peer in OPERATIONS["prefill"].peers(SMALL, CPU, 4))
 
 
 def test_ratios_and_backward_are_what_the_times_say(monkeypatch, capsys):
