@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctxprune import checkpoint
+from ctxprune.packing import pack
 from pipelines import feedback_benchmark, generation_benchmark, kernel_benchmark, output
 from pipelines.config import Config
 from pipelines.decoding_benchmark import measure, text_of
@@ -54,8 +55,9 @@ def _feedback(config: Config, folder: Path, data: Path) -> int:
     about = {"checkpoint": folder.name, "benchmark": vars(settings), "feedback": vars(config.feedback)}
     about |= {"machine": machine(), "versions": versions()}
     ids, asked = text_of(data, settings), config.feedback
-    for record in feedback_benchmark.records(
-        checkpoint.load(folder), ids, settings.prompt, settings.repeats, asked.loops, asked.draft
-    ):
+    model = checkpoint.load(folder)
+    if asked.packed:
+        pack(model)
+    for record in feedback_benchmark.records(model, ids, settings.prompt, settings.repeats, asked.loops, asked.draft):
         output.emit(record | about, config.format, feedback_benchmark.line(record))
     return 0

@@ -30,6 +30,8 @@ class FeedbackConfig:
     """alarm (which shares of attention bring dropped keys back) or lossless (drafts that the dense model verifies)."""
     draft: int = 0
     """Drafts per round of the lossless mode; 0: as many as pay at the acceptance so far."""
+    packed: bool = True
+    """On a CPU, multiply by packed weights (ctxprune.pack), pruned and dense alike."""
 
 
 @dataclass
@@ -110,4 +112,5 @@ class GenerationConfig:
     """Memory for all caches, in GB (1e9 bytes), of the fixed-pool test: dense and pruned serve the same requests from
     equal pools; 0 is off."""
     pool_requests: int = 16
-    """Requests of that test, each a prompt of the context's length and new_tokens tokens to write."""
+    """Requests of that test, each a prompt of the context's length and new_tokens tokens to write; served
+    benchmark.repeats times by every method in turn. With few new tokens it is reading prompts that is measured."""

@@ -48,7 +48,7 @@ def main(config: Config, overrides: list[str]) -> int:
             every += records
             advance(done + 1)
         for done, context in enumerate(pools):
-            for found in pool.served(subject, settings, context):
+            for found in pool.served(subject, settings, context, config.benchmark.repeats):
                 record = {"context": context, "pool_gb": settings.pool_gb, **found}
                 output.emit(base | {"table": "pool"} | record, format, lines.pool(record))
             advance(len(todo) + done + 1)

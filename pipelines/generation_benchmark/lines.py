@@ -68,9 +68,14 @@ def pool(record: dict) -> str:
     """One method in the fixed-pool test."""
     where = f"pool of {record['pool_gb']:g} GB, {record['requests']} requests of {record['context']}"
     found = f"{record['most_running']:>3} at once, {record['tokens_per_second']:>9.1f} tokens/s"
+    if "new_tokens" in record:
+        where += f" + {record['new_tokens']}"
+        found += " ({:.1f} to {:.1f} in {} repeats)".format(*record["tokens_per_second_spread"], record["repeats"])
     if record["pruned"]:
         found += f"  {record['most_running_over_dense']:.2f}x the rows of dense"
         found += f" and {record['tokens_per_second_over_dense']:.2f}x its tokens/s"
+        if "new_tokens" in record:
+            found += " ({:.2f} to {:.2f})".format(*record["tokens_per_second_over_dense_spread"])
     return f"{where}: {record['method']:<24} {found}"
 
 

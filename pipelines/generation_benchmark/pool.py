@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -15,22 +16,35 @@ from pipelines.generation_benchmark.method import now
 from pipelines.generation_benchmark.peers import DENSE, percent
 from pipelines.generation_benchmark.subject import PAGE, Subject
 
-RATIOS = ("most_running", "tokens_per_second")
-"""What is compared with dense."""
 
-
-def served(subject: Subject, settings: GenerationConfig, context: int) -> Iterator[dict[str, object]]:
-    """One record per method, dense first."""
+def served(subject: Subject, settings: GenerationConfig, context: int, repeats: int = 1) -> Iterator[dict[str, object]]:
+    """One record per method, dense first; each repeat serves all requests with every method in turn."""
     prompts = subject.prompts(settings.pool_requests, context)
-    dense = _one(next(iter(subject.pruned.values())), "dense", prompts, settings)
-    yield {"method": DENSE, "pruned": False, "dropped": None, **dense}
+    methods: dict[str, tuple[object, Mode, float | None]] = {}
     for drop, model in subject.pruned.items():
+        methods.setdefault(DENSE, (model, "dense", None))
         if drop is not None:
             calibrate(model, prompts, drop)
-        name = "ctxprune pruned" if drop is None else f"ctxprune pruned {percent(drop)}"
-        found = _one(model, "hard", prompts, settings)
-        over = {f"{key}_over_dense": found[key] / dense[key] for key in RATIOS}
-        yield {"method": name, "pruned": True, "dropped": drop, **found, **over}
+        methods["ctxprune pruned" if drop is None else f"ctxprune pruned {percent(drop)}"] = (model, "hard", drop)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+    for _ in range(repeats):
+        for name, (model, decides, _) in methods.items():
+            found[name].append(_one(model, decides, prompts, settings))
+    rates = {name: [one["tokens_per_second"] for one in runs] for name, runs in found.items()}
+    for name, (_, decides, drop) in methods.items():
+        record = {"method": name, "pruned": decides == "hard", "dropped": drop, "repeats": repeats, **found[name][-1]}
+        record |= {
+            "new_tokens": settings.new_tokens,
+            "seconds": statistics.median(one["seconds"] for one in found[name]),
+        }
+        record |= {"tokens_per_second": statistics.median(rates[name])}
+        record |= {"tokens_per_second_spread": [min(rates[name]), max(rates[name])]}
+        if decides == "hard":
+            ratios = [mine / dense for mine, dense in zip(rates[name], rates[DENSE], strict=True)]
+            record |= {"most_running_over_dense": record["most_running"] / found[DENSE][-1]["most_running"]}
+            record |= {"tokens_per_second_over_dense": statistics.median(ratios)}
+            record |= {"tokens_per_second_over_dense_spread": [min(ratios), max(ratios)]}
+        yield record
 
 
 def _one(model, decides: Mode, prompts: Tensor, settings: GenerationConfig) -> dict[str, float]:

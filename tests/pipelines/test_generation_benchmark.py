@@ -81,7 +81,12 @@ def test_every_method_has_a_record_with_its_numbers_or_its_reason(here, capsys):
     pools = [record for record in records if record["table"] == "pool"]
     assert [record["method"] for record in pools] == [DENSE, *pruned]
     assert all(record["most_running"] == record["requests"] == 3 for record in pools)
-    assert pools[1]["tokens_per_second_over_dense"] > 0 and pools[1]["most_running_over_dense"] == 1
+    assert all(one["repeats"] == 3 and one["new_tokens"] == 10 for one in pools)
+    for one in pools:
+        low, high = one["tokens_per_second_spread"]
+        assert 0 < low <= one["tokens_per_second"] <= high
+    low, high = pools[1]["tokens_per_second_over_dense_spread"]
+    assert 0 < low <= pools[1]["tokens_per_second_over_dense"] <= high and pools[1]["most_running_over_dense"] == 1
     best = [record["method"] for record in records if record["table"] == "best batch"]
     assert best == [*pruned, DENSE, DYNAMIC, STATIC]
     assert [record["method"] for record in records if record["table"] == "break even"] == pruned
