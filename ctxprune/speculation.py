@@ -38,7 +38,7 @@ class DraftLength:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.acceptance, self.draft_cost = FIRST_GUESS, 1.0
         self.costs: list[float] = []
-        self.drafted = self.accepted = self.rounds = 0
+        self.drafted = self.accepted = self.refused = self.rounds = 0
 
     def best(self, full: PrunedCache, pruned: PrunedCache) -> int:
         """Drafts for the next round: those that are expected to pay most, at least one, so that acceptance is known."""
@@ -49,21 +49,24 @@ class DraftLength:
         self.costs.append(self.draft_cost)
         if self.fixed is not None:
             return self.fixed
-        return max(range(1, MOST + 1), key=lambda drafts: self._expected(drafts, self.draft_cost))
+        return max(range(1, MOST + 1), key=self._expected)
 
-    def _expected(self, drafts: int, cost: float) -> float:
-        return speedup(self.acceptance, drafts, cost, self.verifying)
+    def _expected(self, drafts: int) -> float:
+        return speedup(self.acceptance, drafts, self.draft_cost, self.verifying)
 
     def learn(self, drafted: int, accepted: int) -> None:
         """So many of one row's drafts were accepted, and the next one, if there was one, refused."""
         self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+        self.refused += accepted < drafted
         for outcome in [1.0] * accepted + [0.0] * (accepted < drafted):
             self.acceptance = MEMORY * self.acceptance + (1 - MEMORY) * outcome
 
     @property
     def expected_speedup(self) -> float:
-        """At the share of drafts accepted, with as many drafts as pay most (or as many as were asked for), by what the
-        caches held in the middle of the rounds: those at the end are of few rows."""
+        """At the acceptance over all rounds, with as many drafts as pay most (or as many as were asked for), and by the
+        median of what the caches held: rounds at the end are of few rows, whose drafts are often refused."""
         choices = range(1, MOST + 1) if self.fixed is None else [self.fixed]
         cost = sorted(self.costs)[len(self.costs) // 2] if self.costs else self.draft_cost
-        return max(self._expected(drafts, cost) for drafts in choices)
+        judged = self.accepted + self.refused
+        acceptance = self.accepted / judged if judged else self.acceptance
+        return max(speedup(acceptance, drafts, cost, self.verifying) for drafts in choices)
