@@ -17,10 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import kernels
 from ctxprune import decoding
 from ctxprune.cache import PrunedCache
-from ctxprune.calls import Cached, Hard, PruningState, Soft
+from ctxprune.calls import Attends, Hard, PruningState, Soft
 from ctxprune.errors import UserError
 from ctxprune.policies.rule import Ranking, Rule
-from ctxprune.ranked_calls import CachedRanked, Ranked
+from ctxprune.ranked_calls import Ranked
 from ctxprune.visibility import ends, layout, lifetimes, visible_pairs
 
 NAME = "ctxprune"
@@ -42,8 +42,10 @@ class PrunedAttention(nn.Module):
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
-        call: Soft | Hard | Cached | Ranked | None
-        if isinstance(cache, PrunedCache):
+        call: Soft | Hard | Attends | None
+        if self.state.replay is not None:
+            call = self.state.replay(self.layer_idx, hidden)
+        elif isinstance(cache, PrunedCache):
             call = decoding.decide(cache, self, hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
         elif cache is not None and cache.get_seq_length(self.layer_idx) > 0:
             raise UserError(
@@ -149,7 +151,7 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    pruning: Soft | Hard | Cached | Ranked | None = None,
+    pruning: Soft | Hard | Attends | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function transformers calls: query (batch, heads, n, width) -> (batch, n, heads, width).
@@ -158,13 +160,11 @@ def attention(
     """
     if pruning is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
-    if isinstance(pruning, Cached | CachedRanked):
-        return pruning.attend(query, key, value, _scale(query, scaling)).transpose(1, 2).contiguous(), None
     if dropout:
         raise UserError(
             "attention dropout does not go with pruning: load the model with its attention dropout set to 0"
         )
-    if isinstance(pruning, Ranked):
+    if not isinstance(pruning, Soft | Hard):
         return pruning.attend(query, key, value, _scale(query, scaling)).transpose(1, 2).contiguous(), None
     if isinstance(pruning, Hard):
         output = kernels.drop_time_attention(query, key, value, pruning.drop_time, scale=scaling)

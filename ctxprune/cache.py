@@ -78,7 +78,6 @@ class PrunedCache(Cache):
         self.layers = []
         self.offloading = False
 
-    # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included, dropped or not."""
         return self.seen

@@ -6,8 +6,9 @@ layers share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -46,6 +47,8 @@ class PruningState:
     """(batch,) column at which each row's prompt is over, for policies that drop there, in a pass over whole rows."""
     ids: Tensor | None = None
     """Token ids of the call in flight, (batch, n); None where the model was given embeddings."""
+    replay: Callable[[int, Tensor], Attends] | None = None
+    """(layer, hidden) -> the call that its attention makes instead of its own (ctxprune.replay)."""
     decisions: Decisions | None = None
     """Where layers add up what ranking costs; None: nowhere."""
     plan: Layout | None = None
@@ -75,6 +78,15 @@ class PruningState:
         """The drop times in `record`, (layers, batch, n)."""
         assert self.record is not None, "nothing was asked to be recorded"
         return torch.stack([self.record[layer] for layer in range(self.layers)])
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """A call that knows how to attend: over a cache, under a ranking, or beside what was read before."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query (batch, heads, n, width), key, value (batch, kv_heads, n, width) -> (batch, heads, n, width)."""
+        ...
 
 
 @dataclass

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.benchmark_config import BenchmarkConfig, FeedbackConfig, GenerationConfig, KernelsConfig
+from pipelines.policy_study.config import StudyConfig
 
 
 @dataclass
@@ -227,6 +228,7 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     runs: str = "runs"
     """Folder that holds every sweep and the store of finished steps."""
     format: str = "text"

@@ -22,6 +22,10 @@ from pipelines.study import Steps, collect, publish, steps
 
 def main(config: Config, overrides: list[str]) -> int:
     """The verb: 0 when every trial has a result, 1 when one failed."""
+    if config.study.tasks:
+        from pipelines.policy_study import run
+
+        return run.main(config, overrides)
     return run_study(config, expand(config, overrides))
 
 

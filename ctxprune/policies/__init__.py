@@ -14,12 +14,15 @@ from ctxprune.errors import UserError
 from ctxprune.policies.budget import Budget
 from ctxprune.policies.dense import DenseConfig
 from ctxprune.policies.frequency import FrequencyConfig
+from ctxprune.policies.given import GivenConfig
 from ctxprune.policies.h2o import H2OConfig
+from ctxprune.policies.hidden_scorer import AgentConfig, DistilledConfig, FutureConfig
 from ctxprune.policies.key_norm import KeyNormConfig
 from ctxprune.policies.keydiff import KeyDiffConfig
 from ctxprune.policies.learned import GateConfig
 from ctxprune.policies.random_keys import RandomConfig
 from ctxprune.policies.ranked import RankedConfig
+from ctxprune.policies.recency import RecencyConfig
 from ctxprune.policies.snapkv import SnapKVConfig
 from ctxprune.policies.strided import StridedConfig
 from ctxprune.policies.tova import TovaConfig
@@ -27,8 +30,18 @@ from ctxprune.policies.window import WindowConfig
 
 PolicyConfig = DenseConfig | GateConfig | WindowConfig | StridedConfig | RankedConfig
 BY_POSITION = (DenseConfig, GateConfig, WindowConfig, StridedConfig)
-RANKED = (RandomConfig, FrequencyConfig, KeyNormConfig, KeyDiffConfig, H2OConfig, TovaConfig, SnapKVConfig)
-POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *RANKED)}
+HEURISTIC = (
+    RandomConfig,
+    RecencyConfig,
+    FrequencyConfig,
+    KeyNormConfig,
+    KeyDiffConfig,
+    H2OConfig,
+    TovaConfig,
+    SnapKVConfig,
+)
+TAUGHT = (FutureConfig, DistilledConfig, AgentConfig)
+POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *HEURISTIC, *TAUGHT, GivenConfig)}
 
 
 def to_dict(config: PolicyConfig) -> dict[str, object]:

@@ -28,8 +28,8 @@ class Budget:
     threshold: float | None = None
     """Keys whose score is at least this (as LTP, arXiv 2107.00910)."""
     pyramid: float = 0.0
-    """How much more than the mean the first layer keeps and the last one less, as a share of it, in [0, 1): falls
-    linearly with depth (as PyramidKV, arXiv 2406.02069). Of tokens and share."""
+    """How much more than the mean the first layer keeps and the last one less, as a share of it, in (-1, 1): falls
+    linearly with depth (as PyramidKV, arXiv 2406.02069), or rises. Of tokens and share."""
     head_floor: float = 1.0
     """Part of an equal share that every KV head surely keeps; the rest goes to whichever head scores highest (Ada-KV,
     arXiv 2407.11550, with 0.2). 1: all keep as many. Where heads decide apart, at the end of a prompt."""
@@ -46,9 +46,10 @@ class Budget:
                 raise UserError(f"budget {name} is {value}: give a share above 0 and at most 1")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise UserError(f"budget threshold is {self.threshold}: give a finite number")
-        for name, most in (("pyramid", 1.0), ("head_floor", math.nextafter(1.0, 2.0))):
-            if not 0.0 <= getattr(self, name) < most:
-                raise UserError(f"budget {name} is {getattr(self, name)}: give a value from 0 to 1")
+        if not -1.0 < self.pyramid < 1.0:
+            raise UserError(f"budget pyramid is {self.pyramid}: give a value above -1 and below 1")
+        if not 0.0 <= self.head_floor <= 1.0:
+            raise UserError(f"budget head_floor is {self.head_floor}: give a value from 0 to 1")
         if self.pyramid and not self.counted:
             raise UserError("budget pyramid spreads a number of keys over layers: it goes with tokens or share")
         if self.head_floor < 1.0 and not self.counted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class TaskBatch:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
+@runtime_checkable
 class Task(Protocol):
     """A frozen config dataclass of plain values; batches are a pure function of it and three integers."""
 

@@ -47,6 +47,8 @@ def variants() -> dict[str, object]:
     """Every policy with every setting it takes: at least one each."""
     found = {}
     for name, config in POLICIES.items():
+        if name == "given":
+            continue  # its scores belong to one batch: tests of ctxprune.replay hold it against hidden keys
         if not issubclass(config, RankedConfig):
             found[name] = config(**BY_POSITION[name], sinks=2, recent=3)
             continue
@@ -56,7 +58,8 @@ def variants() -> dict[str, object]:
             try:
                 found[f"{name}, {when}, {how}"] = config(when=when, sinks=2, recent=3, **settings)
             except UserError as refused:
-                assert "when=prompt" in str(refused)  # the only thing that a policy may refuse here
+                # All that a policy may refuse here: to rank before the prompt's end, or head by head.
+                assert "when=prompt" in str(refused) or "apart" in str(refused)
     found["random, keep prompt"] = POLICIES["random"](when="step", keep_prompt=True, sinks=2, recent=3)
     return found
 
@@ -263,8 +266,6 @@ def test_where_nothing_has_to_go_the_logits_are_the_models_own(name):
 @every_policy
 def test_survivors_keep_the_rotation_of_their_own_positions(name):
     """RoPE turns a key by its position: turned back, a stored key is what the model computed for that token."""
-    if VARIANTS[name].policy == "learned":
-        pytest.skip("covered by the same cache code")
     texts = tokens(1, N)
     *_, (_, held, _) = fed(name, texts, [PROMPT] + [1] * 9, [PROMPT])
     *_, (_, full, _) = fed("dense", texts, [N], [PROMPT])

@@ -1,0 +1,39 @@
+"""What attention will a key get? The mass that what follows the context puts on each of its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ctxprune.policies.scorer import attention
+from ctxprune.replay import Context, Resuming, resume
+
+
+@dataclass
+class _Watched(Resuming):
+    """Attends as usual, and writes down what the context's keys got."""
+
+    got: list[Tensor]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        n, length = query.shape[2], self.keys.shape[2]
+        place = torch.arange(length + n, device=query.device)
+        seen = place <= torch.arange(length, length + n, device=query.device)[:, None]
+        shares = attention(query, torch.cat([self.keys, key], 2), seen[None, None], scale)
+        self.got.append(shares[..., :length].mean(1).sum(1))
+        return super().attend(query, key, value, scale)
+
+
+@torch.no_grad()
+def future_attention(model, context: Context, follows: Int[Tensor, "batch n"]) -> Float[Tensor, "layers batch context"]:
+    """Attention of the tokens that follow, summed over them, mean over heads."""
+    got: list[Tensor] = []
+
+    def call(keys: Tensor, values: Tensor, bias: Tensor | None) -> Resuming:
+        return _Watched(keys, values, bias, got)
+
+    resume(model, context, follows, [None] * context.layers, calls=call)
+    return torch.stack(got)

@@ -1,0 +1,134 @@
+"""Can an agent learn what to keep by trying? REINFORCE over single tokens, the language model frozen (TR-BERT, arXiv
+2105.11618).
+
+Each layer's network gives every token of the context the odds of keeping it. Several rollouts of the same input draw
+keep or drop; what follows is answered on what is left; the reward is the share of right answers less what keeping
+costs. A rollout's advantage is its reward less the mean of the others of its input (leave-one-out, arXiv 2402.14740),
+so that easy and hard inputs teach alike. The context is read once for all rollouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ctxprune.errors import UserError
+from ctxprune.replay import Context, read, resume
+from ctxprune.tasks.scoring import answered
+from ctxprune.tasks.task import Task, TaskBatch
+from ctxprune.teachers.fit import networks, scores
+
+RISE, LEAST, MOST = 0.15, 1e-3, 10.0
+"""Relative change of the price per step and share that is kept too much, and its limits."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How an agent learns."""
+
+    price: float = 0.3
+    """What keeping every token costs, in shares of right answers; one that keeps half pays half."""
+    target: float | None = None
+    """Share to keep: the price then only starts there and rises or falls until that share is kept (dual ascent)."""
+    rollouts: int = 8
+    """Tries per input."""
+    rows: int = 16
+    """Inputs per step."""
+    steps: int = 300
+    """Steps of Adam."""
+    learning_rate: float = 3e-3
+    """Of Adam."""
+    seed: int = 0
+    """Of the draws and of the rows that are read."""
+
+    def __post_init__(self):
+        if self.rollouts < 2:
+            raise UserError(f"rollouts is {self.rollouts}: give at least 2, each is judged by the others")
+        for name in ("rows", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not self.price >= 0.0:
+            raise UserError(f"price is {self.price}: give 0 or more")
+        if self.target is not None and not (0.0 < self.target < 1.0 and self.price > 0.0):
+            raise UserError(f"target is {self.target}, price {self.price}: give a share in (0, 1) and a price above 0")
+
+
+Cost = Callable[[Float[Tensor, "layers rows"]], Float[Tensor, " rows"]]
+"""What keeping these shares of the context costs, in the same unit as `price`: their mean, or measured milliseconds."""
+
+
+def mean_share(shares: Float[Tensor, "layers rows"]) -> Float[Tensor, " rows"]:
+    """The plain cost: every layer's keys cost the same."""
+    return shares.mean(0)
+
+
+def reinforce(
+    model,
+    task: Task,
+    config: RewardConfig,
+    *,
+    cost: Cost = mean_share,
+    protected: int = 0,
+    progress: Callable[[int, float, float], None] | None = None,
+) -> None:
+    """Teach the networks of a model whose policy is `agent`. protected: first tokens that are never dropped.
+    progress(step, mean reward, mean share kept)."""
+    draw, price = torch.Generator().manual_seed(config.seed), config.price
+    parameters = [p for scorer in networks(model) for p in scorer.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    for step in range(config.steps):
+        rows = task.batch("train", config.seed, step, config.rows)
+        context = read(model, rows.input_ids[:, : int(rows.context_end[0])])
+        with torch.enable_grad():
+            odds = torch.stack(scores(model, context))
+        keep = _draw(odds.detach(), config.rollouts, draw)
+        keep[..., :protected] = True
+        reward, share = rewards(model, rows, context, keep, price, cost)
+        # Leave-one-out: the baseline of a rollout is the mean of the others of its input.
+        advantage = (reward - reward.mean(0)) * config.rollouts / (config.rollouts - 1)
+        with torch.enable_grad():
+            chance = torch.where(keep, odds[:, None], -odds[:, None]).sigmoid().clamp(min=1e-8).log()
+            # Averaged over tokens, so that the step does not grow with the context.
+            loss = -(advantage.detach() * chance[..., protected:].mean((0, -1))).mean()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        if config.target is not None:
+            # Slower than the networks learn, or price and share would swing.
+            price = min(MOST, max(LEAST, price * math.exp(RISE * (share.mean().item() - config.target))))
+        if progress is not None:
+            progress(step + 1, reward.mean().item(), share.mean().item())
+
+
+@torch.no_grad()
+def rewards(
+    model, rows: TaskBatch, context: Context, keep: Bool[Tensor, "layers tries batch n"], price: float, cost: Cost
+) -> tuple[Float[Tensor, "tries batch"], Float[Tensor, "tries batch"]]:
+    """Reward of each try at each row, and the share of the context that it kept, mean over layers."""
+    _layers, tries, batch, length = keep.shape
+    row = torch.arange(batch).repeat(tries)
+    bias = [
+        torch.zeros(tries * batch, 1, 1, length).masked_fill(~one.flatten(0, 1)[:, None, None], -torch.inf)
+        for one in keep
+    ]
+    said = resume(model, context, rows.input_ids[row, length:], bias, row)
+    right = answered(said, _what_follows(rows, row, length)).nanmean(1)
+    shares = keep.double().mean(-1).flatten(1).float()
+    return (right - price * cost(shares)).view(tries, batch), shares.mean(0).view(tries, batch)
+
+
+def _draw(odds: Tensor, tries: int, generator: torch.Generator) -> Bool[Tensor, "layers tries batch n"]:
+    shape = (odds.shape[0], tries, *odds.shape[1:])
+    return torch.rand(shape, generator=generator) < odds.sigmoid()[:, None]
+
+
+def _what_follows(rows: TaskBatch, row: Int[Tensor, " many"], length: int) -> TaskBatch:
+    """The questions of these rows alone."""
+    return TaskBatch(
+        rows.input_ids[row, length:], rows.answers[row, length:], rows.questions[row, length:], rows.context_end[row]
+    )

@@ -1,0 +1,25 @@
+"""What does a study of policies compare? Its settings, with their units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StudyConfig:
+    """Every way to prune on small models that answer questions: tasks x methods x shares x seeds."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names of ctxprune.tasks whose truth is known; empty: the sweep is one of language models."""
+    methods: list[str] = field(default_factory=list)
+    """Names from the table; empty: all of them."""
+    shares: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
+    """Shares of the context's keys that stay when the questions begin."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each seed is a small model of its own, and what is taught on it."""
+    rows: int = 512
+    """Test rows per point."""
+    steps: int = 700
+    """Training steps of each small model."""
+    repeats: int = 5
+    """Timed repetitions of each method, in turn; the median counts. 0: nothing is timed."""

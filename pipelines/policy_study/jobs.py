@@ -1,0 +1,99 @@
+"""What does one Ray task of the study do? It trains a small model, or measures one method at one budget on it.
+
+Both are plain functions of plain values whose output is kept under the hash of these: a second start finds it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import ctxprune
+from ctxprune import tasks
+from ctxprune.policies import DenseConfig
+from ctxprune.tasks.scoring import paired_bootstrap, pearson
+from pipelines import store
+from pipelines.policy_study import small_model
+from pipelines.policy_study.measure import Outcome, measure, predictions
+from pipelines.policy_study.methods import named, retrofitted
+
+FORMAT = 1
+"""Raised when a step's output would differ for the same inputs."""
+SHAPE = small_model.Shape()
+
+
+def model_inputs(task: str, steps: int, seed: int) -> dict:
+    """What a small model depends on."""
+    return {"format": FORMAT, "task": {"task": task}, "shape": asdict(SHAPE), "steps": steps, "seed": seed}
+
+
+def point_inputs(model: dict, method: str, share: float, rows: int) -> dict:
+    """What one point of the study depends on."""
+    return {"format": FORMAT, "model": model, "method": method, "share": share, "rows": rows}
+
+
+def make_model(root: str, inputs: dict) -> None:
+    """Train the small model, unless that is done."""
+
+    def make(staged: Path) -> None:
+        task = tasks.from_dict(inputs["task"])
+        model = small_model.train(task, SHAPE, inputs["steps"], inputs["seed"])
+        model.save_pretrained(staged / "model")
+        right = small_model.row_scores(model, task).mean().item()
+        store.write_json(staged / "model.json", {"right": right})
+
+    torch.set_num_threads(1)
+    store.ensure(Path(root), "study-model", inputs, make)
+
+
+def make_point(root: str, inputs: dict) -> None:
+    """Measure one method at one budget, unless that is done."""
+    torch.set_num_threads(1)
+    store.ensure(Path(root), "study-point", inputs, lambda staged: _measured(Path(root), inputs, staged))
+
+
+def small(root: Path, inputs: dict):
+    """The trained small model, as transformers loads it."""
+    folder = store.folder_of(root, "study-model", inputs) / "model"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _measured(root: Path, inputs: dict, staged: Path) -> None:
+    task, rows, (method,) = tasks.from_dict(inputs["model"]["task"]), inputs["rows"], named([inputs["method"]])
+    whole = ctxprune.retrofit(small(root, inputs["model"]), DenseConfig())
+    dense, said = measure(whole, task, rows), predictions(whole, task, rows)
+    model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], inputs["model"]["seed"])
+    found = measure(model, task, rows, prepared=method.around, dense=said)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
+    )
+    store.write_json(staged / "point.json", summary(found, dense))
+
+
+def summary(found: Outcome, dense: Outcome) -> dict[str, float | None]:
+    """The numbers of a point; null where the task does not know."""
+    difference, low, high = paired_bootstrap(found.right, dense.right)
+    # Rows that keep nothing have no precision: not a number there.
+    record = {
+        "right": found.right.mean().item(),
+        "against_dense": difference,
+        "against_dense_low": low,
+        "against_dense_high": high,
+        "worst_row": found.right.min().item(),
+        "agreement": found.agreement.mean().item(),
+        "kept": found.kept.mean().item(),
+        "precision": found.precision.nanmean().item(),
+        "recall": found.recall.nanmean().item(),
+        "kept_and_difficulty": pearson(found.kept, found.difficulty) if len(found.difficulty) else None,
+    }
+    return {name: None if value is None or value != value else value for name, value in record.items()}
+
+
+def read_point(root: Path, inputs: dict) -> dict:
+    """What make_point found."""
+    return json.loads((store.folder_of(root, "study-point", inputs) / "point.json").read_text())

@@ -1,0 +1,91 @@
+"""How well are a task's questions answered from what a policy keeps, and how much is that?
+
+One pass over whole rows under the policy's drop times: what a cache keeps step by step is the same (a test over all
+policies says so), and its bytes follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ctxprune.batches import IGNORED
+from ctxprune.drop_time import DropTimes, forward_with_drop_times
+from ctxprune.tasks import Task
+from ctxprune.tasks.scoring import in_context, keep_set, score
+from ctxprune.tasks.task import Split, TaskBatch
+
+BATCH = 64
+"""Rows at a time."""
+Prepared = Callable[[object, TaskBatch], AbstractContextManager]
+"""What a policy needs around the pass of one batch: scores that are handed over, say."""
+
+
+@dataclass
+class Outcome:
+    """Of each row [rows]: right answers (share), kept keys of the context (share, mean over layers and heads) and how
+    many of its predictions are the dense model's; precision and recall of the kept keys (by any layer) against those
+    that are needed; difficulty. Empty where the task does not know."""
+
+    right: Tensor
+    kept: Tensor
+    agreement: Tensor
+    precision: Tensor
+    recall: Tensor
+    difficulty: Tensor
+
+
+@torch.no_grad()
+def measure(
+    model, task: Task, rows: int, *, split: Split = "test", seed: int = 0, prepared: Prepared | None = None,
+    dense: list[Tensor] | None = None,
+) -> Outcome:  # fmt: skip
+    """dense: what the dense model predicts, by batch (`predictions`), for the agreement."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in Outcome.__dataclass_fields__}
+    for index in range(-(-rows // BATCH)):
+        batch = task.batch(split, seed, index, min(BATCH, rows - index * BATCH))
+        with prepared(model, batch) if prepared else nullcontext():
+            taken, logits = passed(model, batch)
+        kept = alive(taken, batch)
+        inside = in_context(batch)
+        parts["right"].append(score(logits, batch))
+        parts["kept"].append(kept.double().mean((0, 2)).sum(-1) / inside.sum(-1))
+        if dense is not None:
+            asked = batch.answers != IGNORED
+            same = (logits.argmax(-1) == dense[index]) & asked
+            parts["agreement"].append(same.sum(1) / asked.sum(1))
+        if batch.needed is not None:
+            precision, recall = keep_set(kept.any(0).any(1), batch)
+            parts["precision"].append(precision)
+            parts["recall"].append(recall)
+        if batch.difficulty is not None:
+            parts["difficulty"].append(batch.difficulty)
+    return Outcome(**{name: torch.cat(found) if found else torch.empty(0) for name, found in parts.items()})
+
+
+@torch.no_grad()
+def predictions(model, task: Task, rows: int, *, split: Split = "test", seed: int = 0) -> list[Tensor]:
+    """The likeliest token at every position, by batch, of a model that keeps everything."""
+    found = []
+    for index in range(-(-rows // BATCH)):
+        batch = task.batch(split, seed, index, min(BATCH, rows - index * BATCH))
+        found.append(passed(model, batch)[1].argmax(-1))
+    return found
+
+
+def passed(model, batch: TaskBatch) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
+    """Drop times and logits of one pass, compressed where the context ends."""
+    return forward_with_drop_times(
+        model, batch.input_ids, attention_mask=batch.attention_mask, prompt=batch.context_end
+    )
+
+
+def alive(taken: DropTimes, batch: TaskBatch) -> Bool[Tensor, "layers batch kv_heads n"]:
+    """Keys of the context that the first query behind it sees, by KV head where these decide apart (else one)."""
+    times = taken.drop_time if taken.drop_time.ndim == 4 else taken.drop_time[:, :, None]
+    return (times > batch.context_end[:, None, None]) & in_context(batch)[:, None]

@@ -1,0 +1,223 @@
+"""Which ways to prune are compared, and what does each need first? One entry per way, in the order of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import ctxprune
+from ctxprune import policies
+from ctxprune.errors import UserError
+from ctxprune.given_scores import given
+from ctxprune.policies import PolicyConfig
+from ctxprune.policies.budget import Budget
+from ctxprune.replay import Context, read
+from ctxprune.retrofitting import wrappers
+from ctxprune.tasks import Task
+from ctxprune.tasks.task import TaskBatch
+from ctxprune.teachers.edge_gradient import edge_gradients
+from ctxprune.teachers.fit import fit
+from ctxprune.teachers.future_attention import future_attention
+from ctxprune.teachers.reward import RewardConfig, reinforce
+from pipelines.policy_study.fine_tune import FineTuning, fine_tune
+from pipelines.policy_study.measure import measure
+
+Kind = Literal["control", "importance", "attention", "gradient", "taught", "reward", "fine-tuned"]
+SINKS, RECENT = 1, 1
+"""What every way protects here: START, and the token before the questions."""
+LAST = 16
+"""Last tokens of the context whose predictions stand for the unknown questions (gradients)."""
+LESSONS, LESSON_ROWS = 400, 32
+SLOPES = tuple(place / 10 for place in range(-9, 10))
+"""Ways to spread a budget over depth that the best constant is chosen from."""
+CALIBRATION_ROWS = 256
+AT_FIRST = 7.0
+"""Offset of the gates before training: at 7 a key outlives a context of a hundred tokens."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: in the table. policy: makes the policy of a budget. kind: where the decision comes from. prepare: teaches
+    the model, once per budget. around: what each batch needs. adaptive: the budget is the mean over inputs (a threshold
+    set on validation rows), otherwise every input keeps the same share. aware: has seen the questions when it decides:
+    not possible in use, so these stand apart."""
+
+    name: str
+    kind: Kind
+    policy: Callable[[float], PolicyConfig]
+    prepare: Callable[[object, Task, float, int], None] | None = None
+    around: Callable[[object, TaskBatch], AbstractContextManager] | None = None
+    adaptive: bool = False
+    aware: bool = False
+
+
+def retrofitted(method: Method, model, task: Task, share: float, seed: int):
+    """The model under this way to prune, keeping that share of each context (on average, where it is adaptive)."""
+    config = method.policy(share)
+    model = ctxprune.retrofit(model, config)
+    if method.prepare is not None:
+        method.prepare(model, task, share, seed)
+    if method.adaptive:
+        settle(model, task, share)
+    return model.eval()
+
+
+def restored(method: Method, model, share: float, weights: dict[str, Tensor]):
+    """The model as `retrofitted` left it, from its weights; what a threshold keeps is its share of each input here."""
+    model = ctxprune.retrofit(model, method.policy(share))
+    model.load_state_dict(weights)
+    for wrapper in wrappers(model):
+        if method.adaptive and wrapper.rule.ranking is not None:
+            wrapper.rule.ranking.config = replace(wrapper.rule.ranking.config, budget=Budget(share=share))
+    return model.eval()
+
+
+def _ranked(name: str, **settings) -> Callable[[float], PolicyConfig]:
+    def policy(share: float) -> PolicyConfig:
+        return policies.POLICIES[name](**_protected(share, settings))
+
+    return policy
+
+
+def _protected(share: float, settings: dict) -> dict:
+    budget = {name: settings.pop(name) for name in ("pyramid", "head_floor") if name in settings}
+    return {"sinks": SINKS, "recent": RECENT, "when": "prompt", "budget": Budget(share=share, **budget), **settings}
+
+
+def _by_threshold(name: str, **settings) -> Callable[[float], PolicyConfig]:
+    return lambda share: policies.POLICIES[name](sinks=SINKS, recent=RECENT, budget=Budget(threshold=0.0), **settings)
+
+
+def _gates(share: float) -> PolicyConfig:
+    return policies.GateConfig(rank=16, beta=AT_FIRST, sinks=SINKS, recent=RECENT)
+
+
+# What has to be learned, or handed over.
+def _lessons(model, task: Task, seed: int, teacher) -> Iterator[tuple[Context, Tensor]]:
+    for step in range(LESSONS):
+        rows = task.batch("train", seed, step, LESSON_ROWS)
+        end = int(rows.context_end[0])
+        context = read(model, rows.input_ids[:, :end])
+        yield context, teacher(model, context, rows.input_ids[:, end:])
+
+
+def _taught(teacher) -> Callable[[object, Task, float, int], None]:
+    return lambda model, task, share, seed: fit(model, _lessons(model, task, seed, teacher))
+
+
+def _by_reward(model, task: Task, share: float, seed: int) -> None:
+    # A little below: what is over is given back when the threshold is settled.
+    reinforce(model, task, RewardConfig(price=0.1, target=0.9 * share, steps=1000, seed=seed), protected=SINKS)
+
+
+def _best_constant(model, task: Task, share: float, seed: int) -> None:
+    """How the same number of keys is best spread over depth: every slope is tried on validation rows, and the same
+    spread holds for all inputs. With two layers these are all there are."""
+    rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
+
+    def right(slope: float) -> float:
+        for ranking in rankings:
+            if ranking is not None:
+                ranking.config = replace(ranking.config, budget=Budget(share=share, pyramid=slope))
+        return measure(model, task, CALIBRATION_ROWS, split="validation").right.mean().item()
+
+    right(max(SLOPES, key=right))
+
+
+def _fine_tuned_gates(model, task: Task, share: float, seed: int) -> None:
+    fine_tune(model, task, FineTuning(sparsity=1.0 - share, seed=seed))
+
+
+def _fine_tuned(model, task: Task, share: float, seed: int) -> None:
+    fine_tune(model, task, FineTuning(seed=seed))
+
+
+def _truth(model, batch: TaskBatch) -> AbstractContextManager:
+    if batch.needed is None:
+        raise UserError("the oracle needs a task that knows which tokens are needed: leave it out")
+    return given(model, batch.needed.float()[None].expand(len(wrappers(model)), -1, -1))
+
+
+def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextManager]:
+    def around(model, batch: TaskBatch) -> AbstractContextManager:
+        end = int(batch.context_end[0])
+        split = end if aware else end - LAST
+        context = read(model, batch.input_ids[:, :split])
+        follows = batch.input_ids[:, split:] if aware else batch.input_ids[:, split:end]
+        scores = edge_gradients(model, context, follows)
+        # The last tokens have no later ones to speak for them: they are ranked above all.
+        return given(model, torch.nn.functional.pad(scores, (0, end - split), value=float(scores.max())))
+
+    return around
+
+
+def settle(model, task: Task, share: float) -> None:
+    """Set the one threshold of all layers, on validation rows, so that this share of the context is kept on average."""
+    rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
+    gates = [wrapper.rule.gate for wrapper in wrappers(model) if wrapper.rule.gate is not None]
+    start = [gate.beta.item() for gate in gates]
+
+    def kept(threshold: float) -> float:
+        for ranking in rankings:
+            if ranking is not None:
+                ranking.config = replace(ranking.config, budget=Budget(threshold=threshold))
+        with torch.no_grad():
+            for gate, beta in zip(gates, start, strict=True):
+                gate.beta.fill_(beta - threshold)
+        return measure(model, task, CALIBRATION_ROWS, split="validation").kept.mean().item()
+
+    model.eval()
+    low, high = -1.0, 1.0
+    while kept(low) < share and low > -1e4:
+        low *= 2.0
+    while kept(high) > share and high < 1e4:
+        high *= 2.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if kept(middle) > share else (low, middle)
+    kept(high)  # the side that keeps no more
+
+
+METHODS = (
+    Method("random", "control", _ranked("random")),
+    Method("recency", "control", _ranked("recency")),
+    Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned),
+    Method("frequency", "importance", _ranked("frequency")),
+    Method("key norm", "importance", _ranked("key_norm")),
+    Method("KeyDiff", "importance", _ranked("keydiff")),
+    Method("H2O", "attention", _ranked("h2o", normalised=False)),
+    Method("H2O, normalised", "attention", _ranked("h2o")),
+    Method("H2O, threshold", "attention", _by_threshold("h2o"), adaptive=True),
+    Method("H2O, best constant", "attention", _ranked("h2o"), _best_constant),
+    Method("TOVA", "attention", _ranked("tova")),
+    Method("SnapKV", "attention", _ranked("snapkv")),
+    Method("PyramidKV", "attention", _ranked("snapkv", pyramid=0.5)),
+    Method("Ada-KV", "attention", _ranked("snapkv", apart=True, head_floor=0.2)),
+    Method("gradients", "gradient", _ranked("given"), around=_gradients(aware=False)),
+    Method("distilled gradients", "gradient", _ranked("distilled"), _taught(edge_gradients)),
+    Method("future attention", "taught", _ranked("future"), _taught(future_attention)),
+    Method("future attention, threshold", "taught", _by_threshold("future"), _taught(future_attention), adaptive=True),
+    Method("agent", "reward", _by_threshold("agent"), _by_reward, adaptive=True),
+    Method("agent, no features", "control", _by_threshold("agent", blind=True), _by_reward, adaptive=True),
+    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True),
+    Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
+    Method("oracle", "control", _ranked("given"), around=_truth, aware=True),
+)
+"""All of them, those that know the questions last."""
+
+
+def named(names: list[str]) -> list[Method]:
+    """These, in the order of METHODS; all where there are none. UserError for an unknown one, with the nearest."""
+    from difflib import get_close_matches
+
+    known = [method.name for method in METHODS]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1, 0.0)[0]
+            raise UserError(f"study.methods has {name!r}; nearest: {near!r} (there are {', '.join(known)})")
+    return [method for method in METHODS if not names or method.name in names]

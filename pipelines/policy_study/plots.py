@@ -1,0 +1,67 @@
+"""How do answers fall with the budget? Right answers against kept keys, cache bytes and measured time, per task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipelines.canvas import LIGHT, Ink, finish, panels, render, swatch
+from pipelines.policy_study.table import rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#888888", "#000000", "#8C6D31", "#6A3D9A")
+MARKERS = "os^vPXD*<>h"
+AXES = {
+    "answers_vs_kept.png": ("kept", "share of the context's keys that stay"),
+    "answers_vs_bytes.png": ("bytes_of_dense", "live cache bytes, of dense"),
+    "answers_vs_time.png": ("token_of_dense", "measured time per token, of dense"),
+}
+
+
+def files(records: list[dict]) -> dict[str, bytes]:
+    """Name and content of each plot that has anything to show."""
+    made = rows(records)
+    found = {}
+    for name, (field, label) in AXES.items():
+        if any(row[field] is not None for row in made):
+            # Bound now: the loop goes on before the drawing is done.
+            def draw(ink: Ink, field: str = field, label: str = label) -> Figure:
+                return answers(made, field, label, ink)
+
+            (found[name],) = render(draw, LIGHT, "png")
+    return found
+
+
+def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figure:
+    """A panel per task, a line per method through its budgets; bars from the lowest to the highest seed."""
+    tasks = list(dict.fromkeys(row["task"] for row in made))
+    methods = list(dict.fromkeys(row["method"] for row in made))
+    figure, axes = panels(len(tasks))
+    handles = []
+    for place, method in enumerate(methods):
+        look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+        learned = {row["decides"] for row in made if row["method"] == method} & {"reward", "fine-tuned", "taught"}
+        look |= {"linewidth": 1.8 if learned else 1.0, "linestyle": "-" if learned else (0, (3, 2)), "markersize": 4}
+        handles.append(swatch(method, **look))
+        for task, axis in zip(tasks, axes, strict=True):
+            points = [r for r in made if (r["task"], r["method"]) == (task, method) and r[field] is not None]
+            points.sort(key=lambda row: row[field])
+            x, y = [row[field] for row in points], [row["right"] for row in points]
+            spread = [
+                [row["right"] - row["lowest"] for row in points],
+                [row["highest"] - row["right"] for row in points],
+            ]
+            axis.errorbar(x, y, yerr=spread, capsize=2, elinewidth=0.8, **look)
+    for task, axis in zip(tasks, axes, strict=True):
+        axis.set_title(task, loc="left", fontweight="bold")
+        axis.set_xlabel(label)
+        axis.set_ylim(-0.02, 1.02)
+    axes[0].set_ylabel("questions answered")
+    finish(
+        figure,
+        axes,
+        "Answers left by each way to prune (solid: learned on the task; *: has seen the questions)",
+        handles,
+    )
+    return figure

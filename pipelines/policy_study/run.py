@@ -1,0 +1,160 @@
+"""How is a study of policies run? Small models first, then every point, as Ray tasks; then the clock, alone; then the
+table. What is there already is not made again."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ctxprune import tasks
+from ctxprune.errors import UserError
+from pipelines import cluster, compose, output, store
+from pipelines.config import Config
+from pipelines.machine import machine, versions
+from pipelines.policy_study import clock, jobs, plots, table
+from pipelines.policy_study.methods import Method, named
+from pipelines.progress import Bars
+
+
+def main(config: Config, overrides: list[str]) -> int:
+    """The study: 0 when every point has a result, 1 when one failed."""
+    for item in map(compose.parse, overrides):
+        if item.is_sweep_override():
+            raise UserError(f"{item.input_line}: a study takes lists, e.g. study.shares=[0.5,0.25]")
+    methods = checked(config)
+    root, folder = Path(config.runs) / "store", Path(config.runs) / config.sweep.name
+    with Bars() as bars, store.locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        failures = _made(config, methods, root, bars)
+        records = collect(config, methods, root)
+        if config.study.repeats and records:
+            times = clock.timed(config.study, methods, root, bars)
+            for record in records:
+                record |= times.get((record["task"], record["method"], record["share"]), {})
+    base = {"kind": "policies", "machine": machine(), "versions": versions()}
+    records = [base | record for record in records]
+    _write(folder, records)
+    if config.format == "json":
+        for record in records:
+            output.emit(record, "json")
+    else:
+        output.emit({}, "text", table.text(records))
+        output.emit({}, "text", f"table and plots: {folder}")
+    return 1 if failures else 0
+
+
+def checked(config: Config) -> list[Method]:
+    """The methods to compare. UserError, before any work, for what cannot be studied."""
+    study = config.study
+    for name in study.tasks:
+        if name not in tasks.TASKS:
+            tasks.from_dict({"task": name})  # refuses it, with the nearest
+        if tasks.TASKS[name] not in tasks.SYNTHETIC:
+            known = ", ".join(one.name for one in tasks.SYNTHETIC)
+            raise UserError(f"study.tasks has {name!r}, which is read from files: the study trains on one of {known}")
+    for name in ("shares", "seeds"):
+        if not getattr(study, name):
+            raise UserError(f"study.{name} is empty: list at least one")
+    return named(study.methods)
+
+
+def collect(config: Config, methods: list[Method], root: Path) -> list[dict]:
+    """A record per finished point, in the order of the table."""
+    study, records = config.study, []
+    for task in study.tasks:
+        for share in study.shares:
+            for method in methods:
+                for seed in study.seeds:
+                    model = jobs.model_inputs(task, study.steps, seed)
+                    inputs = jobs.point_inputs(model, method.name, share, study.rows)
+                    if store.finished(store.folder_of(root, "study-point", inputs)):
+                        records.append(
+                            {"task": task, "share": share, "method": method.name, "decides": method.kind}
+                            | {"adaptive": method.adaptive, "aware": method.aware, "seed": seed, "rows": study.rows}
+                            | jobs.read_point(root, inputs)
+                        )
+    return records
+
+
+def _made(config: Config, methods: list[Method], root: Path, bars: Bars) -> list[str]:
+    """Everything that is missing, through Ray; names of what failed."""
+    study, failures = config.study, []
+    models = [jobs.model_inputs(task, study.steps, seed) for task in study.tasks for seed in study.seeds]
+    points = [
+        (f"{model['task']['task']}, seed {model['seed']}: {method.name} at {share:g}", model,
+         jobs.point_inputs(model, method.name, share, study.rows))
+        for model in models for share in study.shares for method in methods
+    ]  # fmt: skip
+    # What is taught takes longest: first, so that no core idles at the end.
+    taught = {method.name: method.prepare is None for method in methods}
+    points.sort(key=lambda point: taught[point[2]["method"]])
+    todo_models = [m for m in models if not store.finished(store.folder_of(root, "study-model", m))]
+    todo = [p for p in points if not store.finished(store.folder_of(root, "study-point", p[2]))]
+    bars.say(f"plan: {len(models)} small models, {len(points)} points; {len(todo_models)} and {len(todo)} to be made")
+    if not todo:
+        return []
+
+    def ended(name: str, failure: str | None) -> None:
+        if failure is not None:
+            failures.append(name)
+            bars.say(f"  FAILED  {name}: {failure}")
+
+    with cluster.connected(config.cluster):
+        limit = cluster.slots(config.cluster)
+        named_models = [(f"model of {m['task']['task']}, seed {m['seed']}", jobs.make_model, m) for m in todo_models]
+        with bars.task("small models", max(1, len(named_models))) as advance:
+            run_tasks(str(root), named_models, limit, ended, advance)
+        ready = [p for p in todo if store.finished(store.folder_of(root, "study-model", p[1]))]
+        with bars.task("points", len(ready)) as advance:
+            run_tasks(str(root), [(name, jobs.make_point, inputs) for name, _, inputs in ready], limit, ended, advance)
+    return failures
+
+
+def run_tasks(
+    root: str,
+    work: list[tuple[str, Callable[[str, dict], None], dict]],
+    limit: int,
+    ended: Callable[[str, str | None], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Run (name, function, inputs) as Ray tasks, `limit` at a time; ended(name, cause or None) for each."""
+    import ray
+
+    launch = ray.remote(num_cpus=1, max_retries=1)(_called)
+    waiting, running, done = list(work), {}, 0
+    while waiting or running:
+        while waiting and len(running) < limit:
+            name, function, inputs = waiting.pop(0)
+            running[launch.remote(function.__name__, root, inputs)] = name
+        finished, _ = ray.wait(list(running))
+        for reference in finished:
+            name = running.pop(reference)
+            try:
+                cause = ray.get(reference)
+            except ray.exceptions.RayError as error:  # the process died without a word
+                cause = str(error).strip().splitlines()[-1]
+            done += 1
+            ended(name, cause)
+            advance(done)
+
+
+def _called(name: str, root: str, inputs: dict) -> str | None:
+    """In the worker: the cause in one line where it fails."""
+    try:
+        getattr(jobs, name)(root, inputs)
+    except Exception as error:  # whatever goes wrong with one point is said, and the others go on
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _write(folder: Path, records: list[dict]) -> None:
+    """points.jsonl, table.md and the plots."""
+    lines = "".join(json.dumps(output.finite(record), allow_nan=False) + "\n" for record in records)
+    (folder / "points.jsonl").write_text(lines)
+    if records:
+        (folder / "table.md").write_text(table.markdown(records))
+        for name, content in plots.files(records).items():
+            (folder / name).write_bytes(content)

@@ -1,0 +1,126 @@
+"""Which method kept most answers, at which cost? One row per method and budget, over all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from statistics import mean
+
+LEARNED = ("taught", "reward", "fine-tuned", "gradient")
+"""Where a decision is learned on the task; the others decide without."""
+CLOSE = 0.01
+"""Shares of kept keys that differ by less, as a part of the budget, are equal budgets."""
+
+COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
+    ("method", "<28", lambda row: row["method"]),
+    ("decides", "<10", lambda row: row["decides"]),
+    ("right", ">6", lambda row: f"{row['right']:.3f}"),
+    ("seeds", ">13", lambda row: f"{row['lowest']:.3f} to {row['highest']:.3f}"),
+    ("kept", ">6", lambda row: f"{row['kept']:.3f}"),
+    ("as dense", ">8", lambda row: _number(row["agreement"])),
+    ("precision", ">9", lambda row: _number(row["precision"], 2)),
+    ("recall", ">6", lambda row: _number(row["recall"], 2)),
+    ("r(kept, difficulty)", ">19", lambda row: _number(row["kept_and_difficulty"], 2)),
+    ("cache", ">6", lambda row: _times(row["bytes_of_dense"])),
+    ("reading", ">7", lambda row: _times(row["read_of_dense"])),
+    ("token", ">6", lambda row: _times(row["token_of_dense"])),
+    ("deciding", ">8", lambda row: "" if row["deciding_ms"] is None else f"{row['deciding_ms']:.1f} ms"),
+)
+NOTES = (
+    "right: share of questions answered, mean over seeds (lowest to highest); kept: share of the context's keys alive "
+    "when the questions begin, mean over layers; as dense: answers that are the dense model's; precision and recall of "
+    "the kept tokens against those that are needed; r: correlation of kept with difficulty, where the budget follows "
+    "the input; cache, reading, token: live bytes, time to read the contexts and per later token over those of dense, "
+    "16 rows, deciding included and beside it. Methods marked * have seen the questions when they decide."
+)
+
+
+def rows(records: list[dict]) -> list[dict]:
+    """Means over seeds, one row per (task, share, method), in the order of the records."""
+
+    def key(record: dict) -> tuple:
+        return record["task"], record["share"], record["method"]
+
+    found = []
+    for (task, share, method), group in groupby(records, key):
+        several = list(group)
+        row = {"task": task, "share": share, "method": method + ("*" if several[0]["aware"] else "")}
+        row |= {name: several[0][name] for name in ("decides", "aware", "adaptive")}
+        row |= {"seeds": len(several), "lowest": min(r["right"] for r in several)}
+        row |= {"highest": max(r["right"] for r in several)}
+        for name in ("right", "kept", "agreement", "precision", "recall", "kept_and_difficulty"):
+            row[name] = _mean([r[name] for r in several])
+        for name in ("bytes_of_dense", "read_of_dense", "token_of_dense", "deciding_ms"):
+            row[name] = several[0].get(name)
+        found.append(row)
+    return found
+
+
+def verdicts(made: list[dict]) -> list[str]:
+    """A line per task and share: the best learned way, the best that is not, and whether their seeds are apart."""
+    lines = []
+    for (task, share), group in groupby(made, lambda row: (row["task"], row["share"])):
+        fair = [row for row in group if not row["aware"]]
+        learned = [row for row in fair if row["decides"] in LEARNED]
+        others = [row for row in fair if row["decides"] not in LEARNED]
+        if not learned or not others:
+            continue
+        best, rival = (max(side, key=lambda row: row["right"]) for side in (learned, others))
+        if best["lowest"] > rival["highest"]:
+            said = "every seed of the first above every seed of the second"
+        elif rival["lowest"] > best["highest"]:
+            said = "learning does NOT win: every seed of the second is above"
+        else:
+            said = "their seeds overlap"
+        lines.append(
+            f"{task} at {share:g}: learned best is {best['method']} ({best['right']:.3f}), "
+            f"best without learning {rival['method']} ({rival['right']:.3f}); {said}"
+        )
+    return lines
+
+
+def unfair(made: list[dict]) -> list[str]:
+    """Rows whose budget is not what was asked for, more than CLOSE of it."""
+    return [
+        f"{row['task']} at {row['share']:g}: {row['method']} kept {row['kept']:.3f}"
+        for row in made
+        if abs(row["kept"] / row["share"] - 1) > CLOSE
+    ]
+
+
+def text(records: list[dict]) -> str:
+    """For a terminal."""
+    made, lines = rows(records), []
+    for (task, share), group in groupby(made, lambda row: (row["task"], row["share"])):
+        lines += ["", f"{task}, {share:.3g} of the context's keys stay"]
+        lines.append("  ".join(f"{name:{form}}" for name, form, _ in COLUMNS))
+        lines += ["  ".join(f"{say(row):{form}}" for _, form, say in COLUMNS) for row in group]
+    return "\n".join([*lines, "", *verdicts(made), *(f"budget missed: {line}" for line in unfair(made)), "", NOTES])
+
+
+def markdown(records: list[dict]) -> str:
+    """The same for a page."""
+    made, lines = rows(records), ["# Ways to prune at equal budgets", ""]
+    for (task, share), group in groupby(made, lambda row: (row["task"], row["share"])):
+        lines += [f"## {task}, {share:.3g} of the context's keys stay", ""]
+        lines.append("| " + " | ".join(name for name, _, _ in COLUMNS) + " |")
+        lines.append("|" + "|".join("--:" if form.startswith(">") else "--" for _, form, _ in COLUMNS) + "|")
+        lines += ["| " + " | ".join(say(row).replace("*", "\\*") for _, _, say in COLUMNS) + " |" for row in group]
+        lines.append("")
+    lines += ["## Who wins, and where learning does not", "", *(f"- {line}" for line in verdicts(made)), ""]
+    lines += ["Budgets that were missed by more than 1 %:", ""]
+    lines += [*(f"- {line}" for line in unfair(made) or ["none"]), "", NOTES.replace("*", "\\*"), ""]
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return mean(there) if there else None
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"

@@ -1,0 +1,170 @@
+"""Do teachers say what keys are worth, and do networks and agents learn it?
+
+On untrained models: what trained ones make of it is in the study of policies.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+import ctxprune
+from ctxprune import UserError
+from ctxprune.policies import AgentConfig, DenseConfig, FutureConfig
+from ctxprune.policies.budget import Budget
+from ctxprune.replay import read, resume
+from ctxprune.tasks.recall import RecallConfig
+from ctxprune.tasks.scoring import spearman
+from ctxprune.teachers import reward
+from ctxprune.teachers.edge_gradient import edge_gradients, left_out
+from ctxprune.teachers.fit import fit, networks, scores
+from ctxprune.teachers.future_attention import future_attention
+from ctxprune.teachers.reward import RewardConfig, reinforce, rewards
+from tests.models import LAYERS, small_model, tokens
+
+CONTEXT, N = 20, 26
+TASK = RecallConfig(length=24, facts=3, decoys=1, keys=8, values=8, fillers=8)
+
+
+def small(config):
+    return ctxprune.retrofit(small_model(), config)
+
+
+def recaller(config):
+    """An untrained model with the vocabulary of a small recall task."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return ctxprune.retrofit(tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=TASK.vocab_size, **sizes, **ends)), config)
+
+
+def test_future_attention_is_the_attention_of_what_follows():
+    model, ids = small(DenseConfig()).double(), tokens(2, N)
+    context = read(model, ids[:, :CONTEXT])
+    got = future_attention(model, context, ids[:, CONTEXT:])
+    plain = small_model().double()
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        shares = plain(ids, output_attentions=True).attentions
+    for layer in range(LAYERS):
+        assert torch.allclose(got[layer], shares[layer][:, :, CONTEXT:, :CONTEXT].mean(1).sum(1), atol=1e-12)
+
+
+def test_gradients_stand_for_leaving_single_keys_out():
+    """Exactly for small changes: where attention is nearly even no key weighs much: first order is the truth."""
+    model = small(DenseConfig()).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.mul_(0.05)
+    ids = tokens(4, 60)
+    context, follows = read(model, ids[:, :50]), ids[:, 50:]
+    asked = torch.zeros_like(follows, dtype=torch.bool)
+    asked[:, -1] = True
+    signed = edge_gradients(model, context, follows, asked, signed=True)
+    for layer in range(LAYERS):
+        truth = left_out(model, context, follows, layer, torch.arange(50), asked)
+        for row in range(4):
+            assert spearman(signed[layer, row], truth[row]) > 0.95
+    positive = edge_gradients(model, context, follows, asked)
+    assert (positive >= 0).all() and (positive >= signed - 1e-12).all()
+
+
+def test_gradients_leave_no_trace_in_the_model():
+    model, ids = small(DenseConfig()), tokens(1, N)
+    edge_gradients(model, read(model, ids[:, :CONTEXT]), ids[:, CONTEXT:])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_networks_learn_to_rank_like_their_teacher():
+    """The teacher prefers some tokens for what they are: a network that reads hidden states can."""
+    model = small(FutureConfig(Budget(share=0.5)))
+    favourite = torch.rand(97, generator=torch.Generator().manual_seed(1))
+
+    def lessons():
+        for step in range(150):
+            context = read(model, tokens(8, CONTEXT, seed=step))
+            yield context, favourite[context.ids].expand(LAYERS, -1, -1)
+
+    before = {name: value.clone() for name, value in model.state_dict().items() if "scorer" not in name}
+    losses = []
+    fit(model, lessons(), learning_rate=1e-2, progress=lambda step, loss: losses.append(loss))
+    context = read(model, tokens(1, 60, seed=999))
+    with torch.no_grad():
+        assert spearman(scores(model, context)[0][0], favourite[context.ids[0]]) > 0.9
+    assert losses[-1] < losses[0] and len(losses) == 150
+    # The language model is as it was.
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_reward_is_what_is_right_less_what_is_kept():
+    model, rows = recaller(AgentConfig()), TASK.batch("train", 0, 0, 3)
+    end = int(rows.context_end[0])
+    context = read(model, rows.input_ids[:, :end])
+    keep = torch.rand(2, 5, 3, end, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep[:, 0] = True
+    with torch.no_grad():
+        said = resume(model, context, rows.input_ids[:, end:], [None, None])
+    right = ((said.argmax(-1) == rows.answers[:, end:]) & (rows.questions[:, end:] >= 0)).sum(1)
+    right = right / (rows.questions.amax(1) + 1)
+    got, share = rewards(model, rows, context, keep, 0.5, lambda shares: shares.mean(0))
+    assert torch.allclose(got[0], right - 0.5) and torch.allclose(share[0], torch.ones(3))
+    assert torch.allclose(share, keep.double().mean((0, -1)).float())
+
+
+def test_an_agent_that_pays_for_keeping_learns_to_drop_and_one_that_does_not_keeps():
+    """Untrained, the model answers by chance: only the price is left to learn from."""
+    kept = {}
+    for price in (0.0, 5.0):
+        model, shares = recaller(AgentConfig(sinks=1, recent=0)), []
+        how = RewardConfig(price=price, steps=40, rows=8, rollouts=4, learning_rate=2e-2)
+        reinforce(model, TASK, how, protected=1, progress=lambda step, reward, share, to=shares: to.append(share))
+        kept[price] = shares[-1]
+    assert kept[5.0] < 0.3 < 0.5 < kept[0.0]
+
+
+def test_a_target_is_met_by_moving_the_price(monkeypatch):
+    """Where every key more is worth a little less than the one before, each price has a share of its own."""
+
+    def worth(model, rows, context, keep, price, cost):
+        share = keep.double().mean((0, -1)).float()
+        return 2 * share - share**2 - price * share, share
+
+    monkeypatch.setattr(reward, "rewards", worth)
+    model, shares = recaller(AgentConfig(sinks=1, recent=0)), []
+    how = RewardConfig(price=0.2, target=0.4, steps=400, rows=8, rollouts=8, learning_rate=1e-2)
+    reinforce(model, TASK, how, protected=1, progress=lambda step, reward, share: shares.append(share))
+    assert sum(shares[-100:]) / 100 == pytest.approx(0.4, abs=0.08)
+
+
+def test_twin_without_a_baseline_of_its_own_an_input_teaches_less(monkeypatch):
+    """Leave-one-out makes the advantages of one input sum to zero: what all its rollouts share teaches nothing."""
+    seen = []
+    original = reward.rewards
+    monkeypatch.setattr(reward, "rewards", lambda *given: seen.append(original(*given)) or seen[-1])
+    model = recaller(AgentConfig())
+    reinforce(model, TASK, RewardConfig(steps=1, rows=4, rollouts=8))
+    got, _ = seen[0]
+    advantage = (got - got.mean(0)) * 8 / 7
+    alone = torch.stack([got[i] - torch.cat([got[:i], got[i + 1 :]]).mean(0) for i in range(8)])
+    assert torch.allclose(advantage, alone, atol=1e-6) and advantage.sum(0).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: RewardConfig(rollouts=1), "rollouts is 1"),
+        (lambda: RewardConfig(steps=0), "steps is 0"),
+        (lambda: RewardConfig(price=-1.0), "price is -1"),
+        (lambda: RewardConfig(price=float("nan")), "price is nan"),
+        (lambda: RewardConfig(target=1.0), "target is 1.0"),
+        (lambda: FutureConfig(units=0), "units=0"),
+        (lambda: FutureConfig(apart=True), "apart"),
+        (lambda: networks(small(DenseConfig())), "no network to teach"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(make, named):
+    with pytest.raises(UserError, match=named) as caught:
+        make()
+    assert "\n" not in str(caught.value)

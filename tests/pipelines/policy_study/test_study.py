@@ -1,0 +1,164 @@
+"""Does a study of policies run through Ray, resume, and say what it found? Small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ctxprune import UserError, tasks
+from ctxprune.tasks.scoring import pearson
+from pipelines import compose
+from pipelines.policy_study import jobs, plots, run, small_model, table
+from pipelines.policy_study.measure import measure
+from pipelines.policy_study.methods import METHODS, named, retrofitted, settle
+
+
+def record(method: str, right: float, seed: int = 0, share: float = 0.25, **more) -> dict:
+    kind = next(one for one in METHODS if one.name == method)
+    base = {"task": "recall", "share": share, "method": method, "decides": kind.kind, "seed": seed, "rows": 8}
+    base |= {"adaptive": kind.adaptive, "aware": kind.aware, "right": right, "kept": share, "agreement": right}
+    return base | {"precision": 0.5, "recall": 0.5, "kept_and_difficulty": None} | more
+
+
+MADE = [
+    *(record("random", right, seed) for seed, right in enumerate((0.2, 0.25, 0.3))),
+    *(record("H2O", right, seed) for seed, right in enumerate((0.8, 0.85, 0.9))),
+    *(record("agent", right, seed) for seed, right in enumerate((0.97, 0.99, 0.98))),
+    *(record("oracle", 1.0, seed) for seed in range(3)),
+]
+
+
+def test_who_wins_is_said_by_all_seeds():
+    (line,) = table.verdicts(table.rows(MADE))
+    assert "agent (0.980)" in line and "H2O (0.850)" in line and "every seed of the first above" in line
+    worse = [row | {"right": 0.5} if row["method"] == "agent" else row for row in MADE]
+    assert "does NOT win" in table.verdicts(table.rows(worse))[0]
+    closer = [row | {"right": 0.95} if row["method"] == "H2O" and row["seed"] == 2 else row for row in MADE]
+    assert "apart" not in table.verdicts(table.rows(closer))[0]
+    overlapping = [row | {"right": 0.975} if row["method"] == "H2O" and row["seed"] == 2 else row for row in MADE]
+    assert "overlap" in table.verdicts(table.rows(overlapping))[0]
+
+
+def test_what_has_seen_the_questions_is_marked_and_never_wins():
+    assert "oracle*" in table.text(MADE) and "oracle" not in table.verdicts(table.rows(MADE))[0]
+
+
+def test_a_missed_budget_is_said():
+    rows = table.rows([record("agent", 0.9, kept=0.26), record("H2O", 0.8, kept=0.2512)])
+    assert table.unfair(rows) == ["recall at 0.25: agent kept 0.260"]
+    assert "budget missed: recall at 0.25: agent" in table.text([record("agent", 0.9, kept=0.26)])
+
+
+def test_the_table_and_plots_hold_every_method():
+    timed = [
+        row | {"token_of_dense": 0.9, "read_of_dense": 1.2, "bytes_of_dense": 0.3, "deciding_ms": 1.0} for row in MADE
+    ]
+    page, drawn = table.markdown(timed), plots.files(timed)
+    for method in ("random", "H2O", "agent"):
+        assert page.count(f"| {method} |") == 1
+    assert "0.30x" in page and "1.0 ms" in page
+    assert set(drawn) == {"answers_vs_kept.png", "answers_vs_bytes.png", "answers_vs_time.png"}
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    assert set(plots.files(MADE)) == {"answers_vs_kept.png"}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """A small recall task and a model that half knows it."""
+    task = tasks.RecallConfig(length=32, facts=3, decoys=2, keys=8, values=8, fillers=8)
+    return task, small_model.train(task, steps=60, seed=0, batch=16).state_dict()
+
+
+def model_of(subject):
+    task, weights = subject
+    model = small_model.build(task.vocab_size, small_model.Shape(), 0)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+QUICK = [method for method in METHODS if method.prepare is None]
+
+
+@pytest.mark.parametrize("method", QUICK, ids=lambda method: method.name)
+def test_every_untaught_method_meets_its_budget(method, subject):
+    task = subject[0]
+    model = retrofitted(method, model_of(subject), task, 0.25, 0)
+    found = measure(model, task, 128, prepared=method.around)
+    if method.adaptive:
+        assert found.kept.mean() == pytest.approx(0.25, abs=0.02) and found.kept.std() > 0
+    else:
+        assert torch.allclose(found.kept, torch.full_like(found.kept, 8 / 32))
+
+
+def test_a_threshold_never_keeps_more_than_asked_on_the_rows_it_is_set_on(subject):
+    task = subject[0]
+    (method,) = named(["H2O, threshold"])
+    model = retrofitted(method, model_of(subject), task, 0.3, 0)
+    settle(model, task, 0.3)
+    found = measure(model, task, 256, split="validation")
+    assert 0.27 < found.kept.mean() <= 0.3 and found.right.shape == (256,)
+
+
+def test_the_oracle_keeps_what_is_needed_and_its_precision_says_so(subject):
+    task = subject[0]
+    (method,) = named(["oracle"])
+    found = measure(retrofitted(method, model_of(subject), task, 0.5, 0), task, 64, prepared=method.around)
+    assert (found.recall == 1.0).all() and pearson(found.precision, found.difficulty) > 0.99
+
+
+def config_of(tmp_path, *words: str):
+    overrides = ["experiment=policies", "study.seeds=[0]", "study.shares=[0.25]", "study.rows=64", "study.steps=20"]
+    overrides += ["study.repeats=1", f"runs={tmp_path}", "format=json", *words]
+    return compose.compose("sweep", overrides), overrides
+
+
+@pytest.mark.slow
+def test_a_study_runs_through_ray_and_a_second_start_makes_nothing_again(tmp_path, capsys, monkeypatch):
+    config, words = config_of(tmp_path, 'study.methods=[random,"future attention",oracle]')
+    monkeypatch.setattr("pipelines.policy_study.methods.LESSONS", 3)
+    assert run.main(config, words) == 0
+    first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["method"] for row in first] == ["random", "future attention", "oracle"]
+    assert all(abs(row["kept"] - 0.25) < 0.01 and row["token_of_dense"] > 0 for row in first)
+    assert all(row["machine"] and row["versions"]["torch"] and row["against_dense_low"] <= 0 for row in first)
+    assert {path.name for path in (tmp_path / "policies").iterdir()} >= {
+        "points.jsonl",
+        "table.md",
+        "answers_vs_kept.png",
+    }
+    monkeypatch.setattr(run.cluster, "connected", lambda _: pytest.fail("nothing is left to do"))
+    assert run.main(config, words) == 0
+    second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["right"] for row in first] == [row["right"] for row in second]
+
+
+def test_one_point_that_fails_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "make_point", lambda root, inputs: 1 / 0)
+    assert run._called("make_point", str(tmp_path), {}) == "ZeroDivisionError: division by zero"
+    assert run._called("make_point", str(tmp_path), {}) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "named_in_it"),
+    [
+        (["study.tasks=[recal]"], "did you mean 'recall'"),
+        (["study.tasks=[sst2]"], "read from files"),
+        (["study.methods=[h20]"], "nearest: 'H2O'"),
+        (["study.shares=[]"], "study.shares is empty"),
+        (["study.seeds=[]"], "study.seeds is empty"),
+        (["study.rows=64,128"], "takes lists"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused_before_any_work(tmp_path, words, named_in_it):
+    config, overrides = config_of(tmp_path / "runs", *words)
+    with pytest.raises(UserError, match=named_in_it) as caught:
+        run.main(config, overrides)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["study.shares=[0]"], ["study.shares=[1.5]"], ["study.rows=0"], ["study.steps=0"]])
+def test_budgets_out_of_range_are_refused(tmp_path, words):
+    with pytest.raises(UserError, match=words[0].partition("=")[0]):
+        config_of(tmp_path, *words)
