@@ -12,6 +12,7 @@ import torch
 
 from ctxprune.drop_time import DropTimes, drop_times
 from ctxprune.errors import UserError
+from ctxprune.policies.budget import Budget
 from ctxprune.policies.rule import Rule
 from ctxprune.policies.strided import StridedConfig, StridedRule
 from ctxprune.policies.window import WindowConfig, WindowRule
@@ -155,6 +156,29 @@ def strided_for(target: float, documents: Layout, layers: int, sinks: int, recen
             blocks = _mixture(counts.__getitem__, below, min(n, below + 1), wanted, layers)
             return StridedConfig(tuple(blocks), (every,) * layers, sinks, recent)
     raise UserError(f"no strided pattern drops {target:.0%} of {n} tokens: choose a lower sparsity")
+
+
+def share_for(target: float, documents: Layout, sinks: int, recent: int) -> Budget:
+    """The share of the tokens so far that a policy which ranks keys at every step may hold, so that its sparsity on
+    these documents is `target`: how many keys stay is known before any score is.
+
+    Raises UserError when the protected tokens alone exceed the budget.
+    """
+    length = documents.position.flatten() + 1
+    past = (length - 1).sum().item()
+    wanted = (1.0 - target) * past
+
+    def kept(share: float) -> float:
+        most = Budget(share=share).count(length, 0, 1).clamp(min=sinks + recent + 1)
+        return (torch.minimum(most, length) - 1).sum().item()
+
+    low, high = 1e-6, 1.0
+    if kept(low) > wanted:
+        raise UserError(f"no budget drops {target:.0%} of the context: protect fewer tokens or choose a lower sparsity")
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if kept(middle) <= wanted else (low, middle)
+    return Budget(share=low)
 
 
 def _mixture(kept, low: int, high: int, wanted: float, layers: int) -> list[int]:

@@ -96,10 +96,12 @@ RANGES = {
     "generate.alarm_share": "(0, 1)",
 }
 
+RANKED = ("random", "frequency", "key_norm", "keydiff", "h2o", "tova", "snapkv")
+"""Policies that rank keys at every step, by their names in ctxprune.policies (recency is the window)."""
 WORDS = {
     "model.family": ("llama", "gpt2", "qwen3", "mistral", "gpt_neox"),
     "data.source": ("stdlib", "files", "hub"),
-    "pruning.policy": ("dense", "learned", "window", "strided"),
+    "pruning.policy": ("dense", "learned", "window", "strided", *RANKED),
     "engine.dtype": ("float32", "bfloat16"),
     "benchmark.target": ("decoding", "kernels", "generation", "feedback"),
     "feedback.loops": ("alarm", "lossless"),
@@ -224,7 +226,7 @@ def _check_pruning(config: Config) -> None:
         raise UserError(f"pruning.policy=dense drops nothing: leave pruning.{given} out, or choose another pruning")
     if policy == "learned" and pruning.sparsity is None and pruning.gamma is None:
         raise UserError("pruning.policy=learned needs pruning.sparsity=S in (0, 1), or pruning.gamma=G as in the paper")
-    if policy in ("window", "strided") and pruning.sparsity is None:
+    if policy in ("window", "strided", *RANKED) and pruning.sparsity is None:
         raise UserError(f"pruning.policy={policy} needs pruning.sparsity=S in (0, 1)")
     if pruning.alpha_end < pruning.alpha_start:
         start = f"pruning.alpha_start={pruning.alpha_start}"

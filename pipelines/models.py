@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import ctxprune
 from ctxprune import checkpoint
 from ctxprune.batches import train_batch
-from ctxprune.budget import strided_for, window_for
+from ctxprune.budget import share_for, strided_for, window_for
 from ctxprune.errors import UserError
-from ctxprune.policies import PolicyConfig
+from ctxprune.policies import POLICIES, PolicyConfig
 from ctxprune.token_store import TokenStore
 from ctxprune.visibility import layout
+from pipelines.checks import RANKED
 from pipelines.config import Config, ModelConfig
 
 CALIBRATION_SEED = 0xCA1B
@@ -69,6 +70,8 @@ def policy_for(config: Config, layers: int, tokens: TokenStore) -> PolicyConfig:
         )
     position = torch.cat([batch.position_ids for batch in calibration(config, tokens)])
     documents = layout(position.shape, position, None, position.device)
+    if pruning.policy in RANKED:
+        return POLICIES[pruning.policy](when="step", budget=share_for(pruning.sparsity, documents, **keep), **keep)
     solve = window_for if pruning.policy == "window" else strided_for
     return solve(pruning.sparsity, documents, layers, **keep)
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipelines import compose, grid
+from pipelines.policy_study import run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,7 +59,9 @@ def test_every_command_is_understood(tmp_path, monkeypatch, model_folder, words)
     if words[0] == "test":
         return
     config = compose.compose(words[0], words[1:])
-    if words[0] == "sweep":
+    if config.study.tasks:
+        assert len(run.checked(config)) >= 6
+    elif words[0] == "sweep":
         assert len(grid.expand(config, words[1:])) >= 6
 
 

@@ -1,8 +1,12 @@
 """Which rules say what context stays? One file each; all of them are drop times.
 
 A policy is a small config dataclass. `config.rules(layers, width)` gives one Rule (ctxprune.policies.rule) per layer of
-a model of that hidden width. Protected tokens (`sinks`, `recent`) are the same for every policy and handled once, in
-ctxprune.visibility.
+a model of that hidden width: a learned gate, a lifetime by position, or a ranking of keys. Protected tokens (`sinks`,
+`recent`) are the same for every policy and handled once.
+
+A new way to rank keys is a file with a RankedConfig and its Scorer, one number per key, named in HEURISTIC or TAUGHT
+below. Budgets, heads that decide apart, packed documents, padding, chunks and the cache then come along, and the tests
+of tests/ctxprune/test_policy_matrix.py run over it.
 """
 
 from __future__ import annotations

@@ -1,17 +1,67 @@
-"""What would the answer lose without a key? Gradients of what the model says with respect to single attention logits.
+"""What would the answer lose without a key? The gradient of what the model says, taken to every edge of its attention.
 
-For the last queries of a text a leaf of zeros is added to their attention logits, the logit of the token that the model
-predicts is summed and differentiated: positive gradients are summed over queries. Not the loss, which is flat where the
-model is sure. Beside reading the text that costs one forward and backward pass of these queries alone.
+For the last queries of a text the logit of the token that the model predicts is summed and differentiated with respect
+to what each head puts out: G. Without key j a head that gives it the share a_j puts out (o - a_j v_j) / (1 - a_j), so
+that it loses a_j / (1 - a_j) (v_j - o) . G to first order in the output; for the one key that may have nearly all of a
+query's attention the output without it is computed outright. (A gradient with respect to the attention logits vanishes
+there: it saturates where the key matters most.) Beside reading the text that costs one forward and backward pass of the
+last queries alone. Not of the loss, which is flat where the model is sure.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctxprune.replay import Context, resume
+from ctxprune.policies.scorer import attention
+from ctxprune.replay import Context, Resuming, resume
+
+
+@dataclass
+class _Edges:
+    """One layer's attention of what follows: shares (batch, heads, n, keys) over all keys, values of each head, output
+    and output without each query's first key (batch, heads, n, width); leaf: zeros added to the output."""
+
+    shares: Tensor
+    values: Tensor
+    output: Tensor
+    without_first: Tensor
+    leaf: Tensor
+
+    def losses(self, gradient: Tensor) -> Tensor:
+        """(batch, heads, n, keys): what the sum of the predictions loses with each edge."""
+        shares, first = self.shares, self.shares.argmax(-1, keepdim=True)
+        along = (gradient * self.output).sum(-1, keepdim=True)
+        # The first key's own share may be all there is: its loss is set below.
+        odds = shares / (1.0 - shares.scatter(-1, first, 0.0))
+        loss = odds * (gradient @ self.values.transpose(-1, -2) - along)
+        return loss.scatter(-1, first, along - (gradient * self.without_first).sum(-1, keepdim=True))
+
+
+@dataclass
+class _Watched(Resuming):
+    """Attends as usual, and writes down what its edges carry."""
+
+    edges: list[_Edges]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        output = super().attend(query, key, value, scale)
+        n, length = query.shape[2], self.keys.shape[2]
+        place = torch.arange(length + n, device=query.device)
+        seen = (place <= torch.arange(length, length + n, device=query.device)[:, None]).expand(1, 1, -1, -1)
+        with torch.no_grad():
+            keys, each = torch.cat([self.keys, key], 2), query.shape[1] // key.shape[1]
+            values = torch.cat([self.values, value], 2).repeat_interleave(each, 1)
+            shares = attention(query, keys, seen, scale)
+            others = seen.expand(shares.shape).scatter(-1, shares.argmax(-1, keepdim=True), False)
+            # A query that sees one key only has nothing without it.
+            without = attention(query, keys, others, scale) @ values
+        leaf = torch.zeros_like(output, requires_grad=True)
+        self.edges.append(_Edges(shares, values, output.detach(), without, leaf))
+        return output + leaf
 
 
 def edge_gradients(
@@ -22,22 +72,26 @@ def edge_gradients(
     *,
     signed: bool = False,
 ) -> Float[Tensor, "layers batch context"]:
-    """Worth of each key of the context to what is predicted at the tokens that follow.
+    """Worth of each key of the context to what is predicted at the tokens that follow: per layer the positive losses of
+    its edges, summed over heads and queries.
 
-    asked: which of these predictions count; None: all. Per layer the sum over heads and queries of relu(d logit of the
-    predicted token / d attention logit). signed: without the relu, the first order of leaving one key out; to rank what
-    goes together with others the positive part does better, for what one query gains another must not lose.
+    asked: which predictions count; None: all. signed: the losses themselves, which estimate leaving single keys out; to
+    rank keys that go together the positive part does better, for what one query gains another must not lose.
     """
-    batch, n, length = len(follows), follows.shape[1], context.ids.shape[1]
-    heads = context.queries[0].shape[1]
+    edges: list[_Edges] = []
+
+    def call(keys: Tensor, values: Tensor, bias: Tensor | None) -> Resuming:
+        return _Watched(keys, values, bias, edges)
+
     with torch.enable_grad():
-        leaves = [context.keys[0].new_zeros(batch, heads, n, length, requires_grad=True) for _ in range(context.layers)]
-        said = resume(model, context, follows, leaves)
-        # The model's own prediction is a constant here: which token it is does not move with the leaves.
+        said = resume(model, context, follows, [None] * context.layers, calls=call)
+        # The model's own prediction is a constant here: which token it is does not move.
         best = said.gather(-1, said.argmax(-1, keepdim=True)).squeeze(-1)
         total = (best if asked is None else best * asked).sum()
-        gradients = torch.autograd.grad(total, leaves)
-    return torch.stack([(gradient if signed else gradient.relu()).sum((1, 2)) for gradient in gradients])
+        gradients = torch.autograd.grad(total, [edge.leaf for edge in edges])
+    length = context.ids.shape[1]
+    losses = [edge.losses(gradient)[..., :length] for edge, gradient in zip(edges, gradients, strict=True)]
+    return torch.stack([(loss if signed else loss.relu()).sum((1, 2)) for loss in losses])
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 import ctxprune
 from ctxprune import UserError
 from ctxprune.batches import Batch
-from ctxprune.budget import SparsityController, calibrate, measure, strided_for, window_for
+from ctxprune.budget import SparsityController, calibrate, measure, share_for, strided_for, window_for
+from ctxprune.policies import H2OConfig
 from ctxprune.retrofitting import wrappers
 from ctxprune.visibility import layout
 from tests.models import LAYERS, gated, small_model, tokens
@@ -114,9 +115,14 @@ def test_gamma_stays_within_bounds():
     assert high.gamma == 100.0 and low.gamma == 1e-3
 
 
+def h2o_for(target: float, plan, layers: int, sinks: int, recent: int) -> H2OConfig:
+    budget = share_for(target, plan, sinks, recent)
+    return H2OConfig(budget, when="step", sinks=sinks, recent=recent)
+
+
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize("solver", [window_for, strided_for])
+@pytest.mark.parametrize("solver", [window_for, strided_for, h2o_for])
 def test_fixed_patterns_realise_the_target_on_packed_documents(solver, target, sinks, recent):
     text = batches(1)
     plan = layout((2, N), text[0].position_ids, None, torch.device("cpu"))
@@ -127,7 +133,7 @@ def test_fixed_patterns_realise_the_target_on_packed_documents(solver, target, s
     assert measure(model, text) == pytest.approx(target, abs=2 / N)
 
 
-@pytest.mark.parametrize("solver", [window_for, strided_for])
+@pytest.mark.parametrize("solver", [window_for, strided_for, h2o_for])
 def test_a_budget_that_protected_tokens_exceed_is_refused(solver):
     plan = layout((1, N), None, None, torch.device("cpu"))
     with pytest.raises(UserError, match="drops 95%"):

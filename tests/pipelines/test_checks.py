@@ -36,7 +36,7 @@ MISTAKES = [
     ({"pruning.sparsity": 1.0}, "pruning.sparsity=1.0: give a number in (0, 1)"),
     ({"pruning.sparsity": 0.0}, "pruning.sparsity=0.0: give a number in (0, 1)"),
     ({"pruning.gamma": -0.1}, "pruning.gamma=-0.1: give a number in [0, 1000]"),
-    ({"pruning.policy": "lerned"}, "pruning.policy=lerned: choose one of dense, learned, window, strided"),
+    ({"pruning.policy": "lerned"}, "pruning.policy=lerned: choose one of dense, learned, window, strided, random"),
     ({"pruning.policy": "learned"}, "pruning.policy=learned needs pruning.sparsity=S in (0, 1), or pruning.gamma=G"),
     ({"pruning.policy": "window"}, "pruning.policy=window needs pruning.sparsity=S"),
     ({"pruning.policy": "strided", "pruning.gamma": 0.1}, "pruning.policy=strided needs pruning.sparsity=S"),

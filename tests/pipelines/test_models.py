@@ -10,6 +10,7 @@ from ctxprune.batches import Batch
 from ctxprune.budget import measure
 from ctxprune.errors import UserError
 from ctxprune.token_store import TokenStore, pack
+from pipelines.checks import RANKED
 from pipelines.config import Config, ModelConfig, PruningConfig
 from pipelines.models import calibration, from_scratch, policy_for, trained
 
@@ -34,7 +35,7 @@ def test_every_family_can_be_made_from_scratch_and_retrofitted(family):
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("policy", ["window", "strided"])
+@pytest.mark.parametrize("policy", ["window", "strided", *RANKED])
 def test_fixed_rules_meet_the_budget_on_training_text(corpus, policy, sparsity):
     config = Config(pruning=PruningConfig(policy=policy, sparsity=sparsity))
     config.train.context = 128

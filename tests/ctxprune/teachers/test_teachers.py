@@ -71,6 +71,24 @@ def test_gradients_stand_for_leaving_single_keys_out():
     assert (positive >= 0).all() and (positive >= signed - 1e-12).all()
 
 
+def test_an_edge_that_has_all_the_attention_is_worth_what_its_head_loses_without_it():
+    """A gradient with respect to the logit is zero there: it saturates where the key matters most."""
+    model = small(DenseConfig()).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Sharp attention, and so little of it in the residual stream that the first order is the truth.
+            parameter.mul_(20.0 if "q_proj" in name else 1e-4 if "o_proj" in name else 1.0)
+    ids = tokens(2, 40)
+    context, follows = read(model, ids[:, :30]), ids[:, 30:]
+    asked = torch.zeros_like(follows, dtype=torch.bool)
+    asked[:, -1] = True
+    found = edge_gradients(model, context, follows, asked, signed=True)
+    for layer in range(LAYERS):
+        truth = left_out(model, context, follows, layer, torch.arange(30), asked)
+        first = truth.abs().argmax(1, keepdim=True)
+        assert torch.allclose(found[layer].gather(1, first), truth.gather(1, first), rtol=0.05)
+
+
 def test_gradients_leave_no_trace_in_the_model():
     model, ids = small(DenseConfig()), tokens(1, N)
     edge_gradients(model, read(model, ids[:, :CONTEXT]), ids[:, CONTEXT:])
