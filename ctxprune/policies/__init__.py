@@ -24,6 +24,7 @@ from ctxprune.policies.hidden_scorer import AgentConfig, DistilledConfig, Future
 from ctxprune.policies.key_norm import KeyNormConfig
 from ctxprune.policies.keydiff import KeyDiffConfig
 from ctxprune.policies.learned import GateConfig
+from ctxprune.policies.ltp import LTPConfig
 from ctxprune.policies.random_keys import RandomConfig
 from ctxprune.policies.ranked import RankedConfig
 from ctxprune.policies.recency import RecencyConfig
@@ -44,7 +45,7 @@ HEURISTIC = (
     TovaConfig,
     SnapKVConfig,
 )
-TAUGHT = (FutureConfig, DistilledConfig, AgentConfig)
+TAUGHT = (FutureConfig, DistilledConfig, AgentConfig, LTPConfig)
 POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *HEURISTIC, *TAUGHT, GivenConfig)}
 
 

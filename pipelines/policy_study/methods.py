@@ -24,6 +24,7 @@ from ctxprune.teachers.edge_gradient import edge_gradients
 from ctxprune.teachers.fit import fit
 from ctxprune.teachers.future_attention import future_attention
 from ctxprune.teachers.reward import RewardConfig, reinforce
+from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
 from pipelines.policy_study.measure import measure
 
@@ -115,6 +116,10 @@ def _by_reward(model, task: Task, share: float, seed: int) -> None:
     reinforce(model, task, RewardConfig(price=0.1, target=0.9 * share, steps=1000, seed=seed), protected=SINKS)
 
 
+def _by_soft_mask(model, task: Task, share: float, seed: int) -> None:
+    soften(model, task, SoftMaskConfig(target=share, seed=seed), protected=SINKS)
+
+
 def _best_constant(model, task: Task, share: float, seed: int) -> None:
     """How the same number of keys is best spread over depth: every slope is tried on validation rows, and the same
     spread holds for all inputs. With two layers these are all there are."""
@@ -202,6 +207,7 @@ METHODS = (
     Method("distilled gradients", "gradient", _ranked("distilled"), _taught(edge_gradients)),
     Method("future attention", "taught", _ranked("future"), _taught(future_attention)),
     Method("future attention, threshold", "taught", _by_threshold("future"), _taught(future_attention), adaptive=True),
+    Method("LTP", "taught", _by_threshold("ltp"), _by_soft_mask, adaptive=True),
     Method("agent", "reward", _by_threshold("agent"), _by_reward, adaptive=True),
     Method("agent, no features", "control", _by_threshold("agent", blind=True), _by_reward, adaptive=True),
     Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True),

@@ -11,9 +11,10 @@ import transformers as tf
 
 import ctxprune
 from ctxprune import UserError
-from ctxprune.policies import AgentConfig, DenseConfig, FutureConfig
+from ctxprune.policies import AgentConfig, DenseConfig, FutureConfig, LTPConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.replay import read, resume
+from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.scoring import spearman
 from ctxprune.teachers import reward
@@ -21,6 +22,7 @@ from ctxprune.teachers.edge_gradient import edge_gradients, left_out
 from ctxprune.teachers.fit import fit, networks, scores
 from ctxprune.teachers.future_attention import future_attention
 from ctxprune.teachers.reward import RewardConfig, reinforce, rewards
+from ctxprune.teachers.soft_mask import SoftMaskConfig, soften, softened
 from tests.models import LAYERS, small_model, tokens
 
 CONTEXT, N = 20, 26
@@ -156,6 +158,29 @@ def test_a_target_is_met_by_moving_the_price(monkeypatch):
     assert sum(shares[-100:]) / 100 == pytest.approx(0.4, abs=0.08)
 
 
+@pytest.mark.parametrize("config", [LTPConfig(sinks=1, recent=0), FutureConfig(sinks=1, recent=0)], ids=["ltp", "net"])
+def test_a_soft_mask_closes_until_its_share_is_kept(config):
+    model, shares = recaller(config), []
+    before = {name: value.clone() for name, value in model.state_dict().items() if "scorer" not in name}
+    how = SoftMaskConfig(target=0.4, steps=200, rows=8, learning_rate=0.03)
+    soften(model, TASK, how, protected=1, progress=lambda step, lost, share: shares.append(share))
+    assert sum(shares[-50:]) / 50 == pytest.approx(0.4, abs=0.1)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_softened_scores_are_those_that_the_layers_rank_by():
+    model = recaller(LTPConfig(Budget(share=0.5), sinks=0, recent=0)).double()
+    ids = TASK.batch("train", 0, 0, 3).input_ids[:, :24]
+    with torch.no_grad():
+        found = softened([wrapper.rule.ranking.scorer for wrapper in wrappers(model)], read(model, ids))
+    taken = ctxprune.drop_times(model, torch.cat([ids, ids[:, :1]], 1), prompt=torch.full((3,), 24)).drop_time
+    for layer in range(2):
+        kept = taken[layer, :, :24] > 24
+        for row in range(3):
+            assert found[layer][row][kept[row]].min() >= found[layer][row][~kept[row]].max()
+
+
 def test_twin_without_a_baseline_of_its_own_an_input_teaches_less(monkeypatch):
     """Leave-one-out makes the advantages of one input sum to zero: what all its rollouts share teaches nothing."""
     seen = []
@@ -177,6 +202,10 @@ def test_twin_without_a_baseline_of_its_own_an_input_teaches_less(monkeypatch):
         (lambda: RewardConfig(price=-1.0), "price is -1"),
         (lambda: RewardConfig(price=float("nan")), "price is nan"),
         (lambda: RewardConfig(target=1.0), "target is 1.0"),
+        (lambda: SoftMaskConfig(target=0.0), "target is 0.0"),
+        (lambda: SoftMaskConfig(temperature=0.0), "temperature is 0.0"),
+        (lambda: SoftMaskConfig(rows=0), "rows is 0"),
+        (lambda: soften(small(DenseConfig()), TASK, SoftMaskConfig()), "soft mask teaches"),
         (lambda: FutureConfig(units=0), "units=0"),
         (lambda: FutureConfig(apart=True), "apart"),
         (lambda: networks(small(DenseConfig())), "no network to teach"),
