@@ -52,10 +52,15 @@ class PassStats:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What each layer of a cache holds of a prompt of `columns`: (column, alive), each (batch, tokens), per layer."""
+    """What each layer of a cache holds of a prompt of `columns`: (column, alive), each (batch, tokens); None: all."""
 
+    batch: int
     columns: int
-    places: list[tuple[Tensor, Tensor]]
+    places: list[tuple[Tensor, Tensor] | None]
+
+    @property
+    def shortened(self) -> bool:
+        return any(place is not None for place in self.places)
 
 
 @dataclass
@@ -80,7 +85,7 @@ class HiddenPruning:
         rank, length = there.cumsum(1) - 1, there.sum(1, keepdim=True)
         first = max(self.config.protect_first, 0 if self.causal else 1)
         last = max(self.config.protect_last, 1 if self.causal else 0)
-        self.stream = Stream(there, there & ((rank < first) | (rank >= length - last)), mask, self.causal)
+        self.stream = Stream(there, there & ((rank < first) | (rank >= length - last)), self.causal)
 
     @torch.no_grad()
     def stays(self, layer: int, hidden: Float[Tensor, "batch tokens width"], stream: Stream) -> Tensor:
@@ -108,7 +113,7 @@ class HiddenPruning:
         requested = self.config.keep
         self.stats = PassStats(requested, torch.stack(stream.kept), stream.seconds)
         if cache is not None:
-            self.prompts[cache] = Prompt(stream.n, stream.places)
+            self.prompts[cache] = Prompt(len(stream.there), stream.n, stream.places)
         self.stream = None
 
 
@@ -122,6 +127,9 @@ class PrunedLayer(nn.Module):
         self.state = state
         self.told = config
         self.signature = inspect.signature(inner.forward)
+        if hasattr(inner, "attention_type"):
+            # Some models read off their layers which mask to hand them.
+            self.attention_type = inner.attention_type
 
     def forward(self, *args, **kwargs):
         named = self._named(args, kwargs)
@@ -130,6 +138,8 @@ class PrunedLayer(nn.Module):
             return self.inner(hidden, **self._decoding(named, hidden, cache))
         if self.index == 0:
             self._refuse(named, cache)
+            if cache is not None:
+                self.state.prompts.pop(cache, None)
             self.state.begin(hidden, named.get("attention_mask"))
         stream = self.state.stream
         if stream is None:
@@ -154,7 +164,7 @@ class PrunedLayer(nn.Module):
             hidden = stream.shorten(hidden, stays)
             stream.watch = None
         stream.kept.append(stream.stays)
-        stream.places.append((stream.column, stream.alive))
+        stream.places.append((stream.column, stream.alive) if stream.shortened else None)
         return hidden
 
     def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +192,7 @@ class PrunedLayer(nn.Module):
 
     def _of_survivors(self, named: dict[str, Any], stream: Stream) -> dict[str, Any]:
         """What the model says about all columns, of those in the stream."""
-        named = {**named, "attention_mask": stream.shown()}
+        named = {**named, "attention_mask": stream.shown(named.get("attention_mask"))}
         if named.get("position_ids") is not None:
             every = named["position_ids"].expand(len(stream.column), -1)
             named["position_ids"] = every.gather(1, stream.column)
@@ -204,13 +214,15 @@ class PrunedLayer(nn.Module):
                     "this cache was filled by hidden-state pruning and then copied: decode over the original"
                 )
             return named
-        column, alive = prompt.places[self.index]
-        if held != column.shape[1] + before - prompt.columns or len(column) != len(hidden):
+        place, new = prompt.places[self.index], before - prompt.columns
+        width = prompt.columns if place is None else place[0].shape[1]
+        if new < 0 or held != width + new or prompt.batch != len(hidden):
             raise UserError("this cache was cut or its batch changed after hidden-state pruning: fill it again")
-        if getattr(cache.layers[self.index], "is_sliding", False):
+        if prompt.shortened and getattr(cache.layers[self.index], "is_sliding", False):
             raise UserError("a sliding window counts the keys of a cache, not positions: decode without hidden pruning")
-        if column.shape[1] == prompt.columns:
+        if place is None:
             return named
+        column, alive = place
         written = torch.arange(prompt.columns, before + fed, device=column.device).expand(len(column), -1)
         column, alive = torch.cat([column, written], 1), torch.cat([alive, torch.ones_like(written).bool()], 1)
         return {**named, "attention_mask": _over(named.get("attention_mask"), column, alive, fed)}

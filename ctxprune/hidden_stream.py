@@ -44,19 +44,18 @@ class Stream:
 
     there: Bool[Tensor, "batch n"]
     protected: Bool[Tensor, "batch n"]
-    mask: Tensor | None
-    """What the model hands to every layer, (batch, 1, n, n), or None: causal or everything."""
     causal: bool
     left: Float[Tensor, "batch n1 hidden"] | None = None
     """The state in which each token left the stream, (batch, n + 1, hidden); the last column is for what is no token.
     None before the first one leaves."""
     kept: list[Bool[Tensor, "batch n"]] = field(default_factory=list)
     """Tokens that entered each layer so far."""
-    places: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(column, alive) of each layer so far."""
+    places: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    """(column, alive) of each layer so far; None where nothing had left yet."""
     watch: Watch | None = None
     """What the layer before the next drop was asked."""
     seconds: float = 0.0
+    last_shown: tuple[Tensor | None, Tensor, Tensor | None] | None = None
 
     def __post_init__(self):
         self.column = torch.arange(self.n, device=self.there.device).expand(self.there.shape)
@@ -94,12 +93,19 @@ class Stream:
         """Every column's output: the last layer's for tokens still there, for others the state in which they left."""
         return self._written(hidden)[:, : self.n] if self.shortened else hidden
 
-    def shown(self) -> Tensor | None:
-        """The attention mask of the stream, (batch, 1, tokens, tokens), or None where the model's rule needs none."""
-        if self.mask is not None:
+    def shown(self, mask: Tensor | None) -> Tensor | None:
+        """Of a layer's attention mask (batch, 1, n, n) what concerns the stream, (batch, 1, tokens, tokens); None where
+        the layer's own rule, causal or everything, is enough."""
+        # Layers of one kind get the same mask: it is gathered once for all of them between two drops.
+        if self.last_shown is None or self.last_shown[0] is not mask or self.last_shown[1] is not self.column:
+            self.last_shown = (mask, self.column, self._shown(mask))
+        return self.last_shown[2]
+
+    def _shown(self, mask: Tensor | None) -> Tensor | None:
+        if mask is not None:
             rows, keys = self.column[:, :, None], self.column[:, None, :]
             batch = torch.arange(len(self.column), device=self.column.device)[:, None, None]
-            full = self.mask.expand(len(self.column), -1, self.n, self.n)
+            full = mask.expand(len(self.column), -1, self.n, self.n)
             return hidden_from_all(full[batch, :, rows, keys].permute(0, 3, 1, 2), self.alive)
         if bool(self.alive.all()):
             return None
@@ -170,9 +176,10 @@ def received(
 ) -> Float[Tensor, "batch tokens"]:
     """Mean attention that each token gets from the asked queries that see it; mean over heads, 0 for what is no token.
 
-    With all rows asked, the importance of LTP (arXiv 2107.00910, eq. 5) and, but for a constant, of PoWER-BERT (arXiv
-    2001.08950); with the last ones, of LazyLLM (arXiv 2407.14057) and SnapKV. Under a causal mask recent keys are seen
-    by fewer of them, hence the mean over those that could.
+    With all rows asked, the importance of LTP (arXiv 2107.00910) and, but for a constant, of PoWER-BERT (2001.08950);
+    with the last one, of LazyLLM (2407.14057), with more of them SnapKV's (2404.14469) before pooling. Under a causal
+    mask recent keys are seen by fewer of them, hence the mean over those that could; a key beyond a layer's sliding
+    window gets 0.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     slots, exists = asked_rows(watch.alive, watch.last, watch.causal)

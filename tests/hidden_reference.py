@@ -13,7 +13,7 @@ import transformers as tf
 from jaxtyping import install_import_hook
 from torch import nn
 
-from tests.models import FAMILIES, LAYERS, VOCAB, small_model, tokens
+from tests.models import FAMILIES, GROUPED, LAYERS, VOCAB, small_model, tokens
 
 with install_import_hook([f"ctxprune.hidden_{part}" for part in ("layer", "stream")], "beartype.beartype"):
     from ctxprune import hidden_layer, hidden_pruning, hidden_stream
@@ -35,15 +35,24 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+MODERN = {key: value for key, value in BERT.items() if "dropout" not in key}
+MODERN |= {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+DECODERS = {
+    **FAMILIES,
+    "gemma3-mixed": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GROUPED, head_dim=8, **MIXED)),
+    "llama-text": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**{**GROUPED, "pad_token_id": 1})),
+}
 DISTIL = {"vocab_size": VOCAB, "dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 64, "num_labels": 5}
 ENCODERS = {
     "bert-words": lambda: tf.BertForTokenClassification(tf.BertConfig(**BERT)),
     "bert-text": lambda: tf.BertForSequenceClassification(tf.BertConfig(**BERT)),
     "roberta-words": lambda: tf.RobertaForTokenClassification(tf.RobertaConfig(**BERT)),
     "electra-words": lambda: tf.ElectraForTokenClassification(tf.ElectraConfig(**BERT, embedding_size=32)),
+    "modernbert-words": lambda: tf.ModernBertForTokenClassification(tf.ModernBertConfig(**MODERN)),
     "distilbert-words": lambda: tf.DistilBertForTokenClassification(tf.DistilBertConfig(**DISTIL)),
 }
-ALL = [*FAMILIES, *ENCODERS]
+ALL = [*DECODERS, *ENCODERS]
 SHARES = (1.0, 0.7, 0.35)
 LENGTHS = [19, 7, 12, 1]
 CONFIGS = {
@@ -51,7 +60,7 @@ CONFIGS = {
     "attention, all asked": HiddenPruningConfig(keep=SHARES, last=0),
     "norm": HiddenPruningConfig(keep=SHARES, score="norm"),
     "random": HiddenPruningConfig(keep=SHARES, score="random"),
-    "threshold": HiddenPruningConfig(threshold=(0.0, 0.068, 0.08), last=4, protect_first=2),
+    "threshold": HiddenPruningConfig(threshold=(0.0, 0.055, 0.07), last=4, protect_first=2),
     "late": HiddenPruningConfig(keep=(1.0, 1.0, 0.5), last=4, protect_last=3),
 }
 
@@ -61,7 +70,7 @@ def model_of(family: str) -> tf.PreTrainedModel:
     if family in FAMILIES:
         return small_model(family).double()
     torch.manual_seed(0)
-    model = ENCODERS[family]().eval().double()
+    model = (DECODERS | ENCODERS)[family]().eval().double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -86,15 +95,15 @@ def batch_of(lengths: list[int], left: bool) -> dict[str, torch.Tensor]:
 
 def inputs(family: str, lengths: list[int], left: bool | None = None) -> dict[str, torch.Tensor]:
     """As the model wants them: padding on the left for decoders, on the right for encoders, unless told."""
-    batch = batch_of(lengths, family in FAMILIES if left is None else left)
-    if family in FAMILIES:
+    batch = batch_of(lengths, family in DECODERS if left is None else left)
+    if family in DECODERS:
         batch |= {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
     return batch
 
 
 def said(model, family: str, batch: dict[str, torch.Tensor], grad: bool = False) -> torch.Tensor:
     """Logits of the tokens that are none of padding, (tokens, vocabulary) or, of whole texts, (batch, labels)."""
-    extra = {"use_cache": False} if family in FAMILIES else {}
+    extra = {"use_cache": False} if family in DECODERS else {}
     with torch.set_grad_enabled(grad):
         logits = model(**batch, **extra).logits
     return logits if logits.ndim == 2 else logits[batch["attention_mask"].bool()]
@@ -106,6 +115,7 @@ class Masked(nn.Module):
     def __init__(self, inner: nn.Module, kept: torch.Tensor, causal: bool):
         super().__init__()
         self.inner, self.kept, self.causal = inner, kept, causal
+        self.attention_type = getattr(inner, "attention_type", None)
 
     def forward(self, *args, **kwargs):
         named = dict(inspect.signature(self.inner.forward).bind(*args, **kwargs).arguments)
