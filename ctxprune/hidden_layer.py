@@ -137,7 +137,8 @@ class PrunedLayer(nn.Module):
         if cache is not None and cache.get_seq_length(self.index) > 0:
             return self.inner(hidden, **self._decoding(named, hidden, cache))
         if self.index == 0:
-            self._refuse(named, cache)
+            if self.state.on:
+                self._refuse(named, cache)
             if cache is not None:
                 self.state.prompts.pop(cache, None)
             self.state.begin(hidden, named.get("attention_mask"))

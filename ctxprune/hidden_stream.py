@@ -56,6 +56,7 @@ class Stream:
     """What the layer before the next drop was asked."""
     seconds: float = 0.0
     last_shown: tuple[Tensor | None, Tensor, Tensor | None] | None = None
+    """A layer's mask, the columns then, and what of the mask concerned them."""
 
     def __post_init__(self):
         self.column = torch.arange(self.n, device=self.there.device).expand(self.there.shape)

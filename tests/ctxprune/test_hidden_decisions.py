@@ -154,10 +154,11 @@ def test_chunks_after_the_prompt_see_what_steps_do():
     assert torch.allclose(chunk, logits[:, 1:], atol=1e-12)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @torch.no_grad()
-def test_a_cache_that_was_filled_densely_stays_dense():
+def test_a_cache_that_was_filled_densely_stays_dense(fixed):
     model, batch = pruned("llama"), inputs("llama", [14, 14])
-    cache = tf.DynamicCache()
+    cache = tf.StaticCache(model.config, max_cache_len=20) if fixed else tf.DynamicCache()
     with dense(model):
         model(**batch, past_key_values=cache, use_cache=True)
     step = {"position_ids": torch.full((2, 1), 14), "past_key_values": cache, "use_cache": True}
