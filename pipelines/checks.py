@@ -1,4 +1,4 @@
-"""Which values make sense? Every number has a range, every word a list, and what must agree is compared first."""
+"""Which values make sense? Each lies in its range (ranges.py), and what must agree is compared before any work."""
 
 from __future__ import annotations
 
@@ -11,105 +11,7 @@ from typing import Any
 
 from ctxprune.errors import UserError
 from pipelines.config import Config
-
-# Intervals as a person writes them: a round bracket leaves the end out. Upper ends are sanity, not physics.
-RANGES = {
-    "model.layers": "[1, 1000]",
-    "model.width": "[8, 65536]",
-    "model.heads": "[1, 1024]",
-    "model.kv_heads": "[1, 1024]",
-    "data.held_out": "(0, 0.5]",
-    "data.vocab_size": "[257, 1000000]",
-    "data.max_megabytes": "(0, 10000000]",
-    "pruning.sparsity": "(0, 1)",
-    "pruning.gamma": "[0, 1000]",
-    "pruning.rank": "[1, 4096]",
-    "pruning.beta": "[-100, 100]",
-    "pruning.alpha_start": "[1, 16]",
-    "pruning.alpha_end": "[1, 16]",
-    "pruning.alpha_steps": "(0, 1]",
-    "pruning.distillation": "[0, 1000]",
-    "policy.sinks": "[0, 65536]",
-    "policy.recent": "[0, 1048576]",
-    "train.steps": "[1, 10000000]",
-    "train.base_steps": "[0, 10000000]",
-    "train.batch": "[1, 65536]",
-    "train.context": "[8, 1048576]",
-    "train.learning_rate": "[0, 10]",
-    "train.gate_learning_rate": "[0, 10]",
-    "train.base_learning_rate": "[0, 10]",
-    "train.warmup": "[0, 1]",
-    "train.decay": "[0, 1]",
-    "train.weight_decay": "[0, 10]",
-    "train.clip": "[0, 1000000]",
-    "train.seed": "[0, 9223372036854775807]",
-    "train.log_every": "[1, 10000000]",
-    "engine.zero": "[0, 3]",
-    "cluster.workers": "[1, 4096]",
-    "cluster.concurrency": "[0, 4096]",
-    "cluster.cpus_per_worker": "[1, 1024]",
-    "cluster.gpus_per_worker": "[0, 16]",
-    "evaluate.tokens": "[2, 10000000000]",
-    "evaluate.batch": "[1, 65536]",
-    "evaluate.contexts": "[2, 1048576]",
-    "benchmark.batch": "[1, 65536]",
-    "benchmark.prompt": "[1, 1048576]",
-    "benchmark.new_tokens": "[1, 1048576]",
-    "benchmark.repeats": "[1, 1000]",
-    "feedback.draft": "[0, 64]",
-    "kernels.lengths": "[1, 1048576]",
-    "kernels.batch": "[1, 4096]",
-    "kernels.decode_batch": "[1, 4096]",
-    "kernels.heads": "[1, 1024]",
-    "kernels.kv_heads": "[1, 1024]",
-    "kernels.width": "[1, 256]",
-    "kernels.rank": "[1, 4096]",
-    "kernels.drops": "[0, 1)",
-    "kernels.alpha_start": "[1, 16]",
-    "kernels.alpha_end": "[1, 16]",
-    "kernels.largest_gb": "(0, 100000]",
-    "generation.contexts": "[2, 1048576]",
-    "generation.batches": "[1, 65536]",
-    "generation.drops": "[0, 1)",
-    "generation.new_tokens": "[2, 1048576]",
-    "generation.prefill_chunk": "[0, 1048576]",
-    "generation.layers": "[1, 1000]",
-    "generation.width": "[8, 65536]",
-    "generation.heads": "[1, 1024]",
-    "generation.kv_heads": "[1, 1024]",
-    "generation.intermediate": "[1, 1000000]",
-    "generation.vocab": "[2, 1000000]",
-    "generation.rank": "[1, 4096]",
-    "generation.pool_gb": "[0, 100000]",
-    "generation.pool_requests": "[1, 65536]",
-    "study.shares": "(0, 1]",
-    "study.seeds": "[0, 9223372036854775807]",
-    "study.rows": "[2, 1000000]",
-    "study.steps": "[1, 1000000]",
-    "study.repeats": "[0, 1000]",
-    "generate.max_new_tokens": "[1, 1048576]",
-    "generate.temperature": "[0, 100]",
-    "generate.top_k": "[0, 1000000]",
-    "generate.top_p": "(0, 1]",
-    "generate.seed": "[0, 9223372036854775807]",
-    "generate.max_live_tokens": "[1, 1048576]",
-    "generate.alarm_share": "(0, 1)",
-}
-
-RANKED = ("random", "frequency", "key_norm", "keydiff", "h2o", "tova", "snapkv")
-"""Policies that rank keys at every step, by their names in ctxprune.policies (recency is the window)."""
-WORDS = {
-    "model.family": ("llama", "gpt2", "qwen3", "mistral", "gpt_neox"),
-    "data.source": ("stdlib", "files", "hub"),
-    "pruning.policy": ("dense", "learned", "window", "strided", *RANKED),
-    "engine.dtype": ("float32", "bfloat16"),
-    "benchmark.target": ("decoding", "kernels", "generation", "feedback"),
-    "feedback.loops": ("alarm", "lossless"),
-    "kernels.operations": ("training", "prefill", "decoding"),
-    "kernels.dtype": ("float32", "bfloat16", "float16"),
-    "tracking.mode": ("offline", "online", "off"),
-    "format": ("text", "json"),
-}
+from pipelines.ranges import RANGES, RANKED, WORDS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

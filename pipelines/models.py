@@ -15,8 +15,8 @@ from ctxprune.errors import UserError
 from ctxprune.policies import POLICIES, PolicyConfig
 from ctxprune.token_store import TokenStore
 from ctxprune.visibility import layout
-from pipelines.checks import RANKED
 from pipelines.config import Config, ModelConfig
+from pipelines.ranges import RANKED
 
 CALIBRATION_SEED = 0xCA1B
 """Seed of the training windows on which budgets are settled; apart from the seeds of training."""

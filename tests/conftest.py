@@ -28,6 +28,7 @@ install_import_hook(
         for name in ("attention", "batches", "cache", "calls", "decoding", "drop_time")
         + ("gate", "generation", "objective", "policies", "visibility", "tasks.task", "tasks.scoring")
         + ("ranking", "ranked_calls", "watched_layer", "replay", "given_scores", "teachers")
+        + ("hidden_layer", "hidden_stream")
     ],
     "beartype.beartype",
 )

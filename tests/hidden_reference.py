@@ -10,15 +10,12 @@ import inspect
 
 import torch
 import transformers as tf
-from jaxtyping import install_import_hook
 from torch import nn
 
+from ctxprune import hidden_layer, hidden_pruning, hidden_stream
+from ctxprune.hidden_pruning import HiddenPruningConfig, dense, prune_hidden, pruning_of, release_hidden
+from ctxprune.hidden_stream import Stream
 from tests.models import FAMILIES, GROUPED, LAYERS, VOCAB, small_model, tokens
-
-with install_import_hook([f"ctxprune.hidden_{part}" for part in ("layer", "stream")], "beartype.beartype"):
-    from ctxprune import hidden_layer, hidden_pruning, hidden_stream
-    from ctxprune.hidden_pruning import HiddenPruningConfig, dense, prune_hidden, pruning_of, release_hidden
-    from ctxprune.hidden_stream import Stream
 
 __all__ = ["HiddenPruningConfig", "Stream", "dense", "hidden_layer", "hidden_stream", "prune_hidden", "pruning_of"]
 __all__ += ["release_hidden"]

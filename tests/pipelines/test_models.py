@@ -10,9 +10,9 @@ from ctxprune.batches import Batch
 from ctxprune.budget import measure
 from ctxprune.errors import UserError
 from ctxprune.token_store import TokenStore, pack
-from pipelines.checks import RANKED
 from pipelines.config import Config, ModelConfig, PruningConfig
 from pipelines.models import calibration, from_scratch, policy_for, trained
+from pipelines.ranges import RANKED
 
 SHAPE = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1}
 
