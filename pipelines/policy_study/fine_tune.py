@@ -14,6 +14,8 @@ from ctxprune.budget import SparsityController
 from ctxprune.drop_time import DropTimes
 from ctxprune.retrofitting import gate_parameters, state_of
 from ctxprune.tasks import Task
+from ctxprune.tasks.scoring import in_context
+from pipelines.policy_study.measure import alive
 
 _SHARP_FROM = 0.8  # share of the steps after which the gates are as sharp as they get
 _SHARP_ALPHA = 4.0  # from here on soft and hard sparsity differ little, and the hard one is watched
@@ -34,7 +36,7 @@ class FineTuning:
     gate_learning_rate: float = 3e-3
     """Of the gates."""
     sparsity: float | None = None
-    """Share of the (query, earlier key) pairs to drop, with gates."""
+    """Share of the context's keys that gates are to have dropped when the questions begin."""
     seed: int = 0
     """Of the rows that are read."""
 
@@ -67,8 +69,11 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if controller is not None and measuring:
-            hard = DropTimes(state.recorded(), state.documents.end).sparsity().mean().item()
-            gamma = controller.update(hard if state.alpha >= _SHARP_ALPHA else 1.0 - kept.item(), done)
+            gone = 1.0 - kept.item()
+            if state.alpha >= _SHARP_ALPHA:
+                left = alive(DropTimes(state.recorded(), state.documents.end), rows)
+                gone = 1.0 - (left.sum() / (left.shape[0] * in_context(rows).sum())).item()
+            gamma = controller.update(gone, done)
         if progress is not None:
             progress(step + 1, loss.item())
     state.record = state.prompt = None

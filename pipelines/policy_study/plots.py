@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines.canvas import LIGHT, Ink, finish, panels, render, swatch
+from pipelines.canvas import LIGHT, Ink, panels, render, swatch
 from pipelines.policy_study.table import rows
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figur
         axis.set_xlabel(label)
         axis.set_ylim(-0.02, 1.02)
     axes[0].set_ylabel("questions answered")
-    finish(
-        figure,
-        axes,
-        "Answers left by each way to prune (solid: learned on the task; *: has seen the questions)",
-        handles,
-    )
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + 2.4, max(height, 0.19 * len(handles) + 1.0))
+    figure.suptitle("Questions answered by each way to prune\n", x=0.01, ha="left", fontsize=11.5)
+    figure.text(0.01, 0.935, "solid: learned on the task; *: has seen the questions", fontsize=8.5)
+    # So many names need a column of their own beside the panels.
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure

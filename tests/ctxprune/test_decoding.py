@@ -8,7 +8,7 @@ import torch
 import ctxprune
 import kernels
 from ctxprune.cache import PrunedCache
-from kernels.decode import torch_extend, torch_path
+from kernels.decode import native_path, torch_extend, torch_path
 from tests.models import FAMILIES, decode, disagreement, gated, small_model, tokens
 
 N = 32
@@ -143,6 +143,7 @@ def test_twin_a_slot_leaked_to_the_neighbour_is_caught(monkeypatch):
 
 def test_twin_a_chunk_that_forgets_what_it_dropped_is_caught(monkeypatch):
     model = gated().double()
+    monkeypatch.setenv(native_path.SWITCH, "0")  # the bug is planted in the torch path
     assert agrees(model, "ragged chunks")
     monkeypatch.setattr(torch_extend, "_logits", lambda *given: torch.ones(()))
     assert not agrees(model, "ragged chunks")
