@@ -20,7 +20,8 @@ from torch import Tensor
 from ctxprune.cache import SHRINK_EVERY, PrunedCache
 from ctxprune.errors import UserError
 from ctxprune.page_pool import PoolFull
-from ctxprune.prefill import prefill, stacked
+from ctxprune.pinning import stacked
+from ctxprune.prefill import prefill
 from ctxprune.prompts import check_prompt, page_bytes
 from ctxprune.retrofitting import mode, state_of
 from ctxprune.revival import Alarm

@@ -17,6 +17,7 @@ from ctxprune.cold_store import archive
 from ctxprune.errors import UserError
 from ctxprune.layer_cache import LayerCache
 from ctxprune.new_tokens import Arrival, NewTokens
+from ctxprune.pinning import each_row, stacked
 from ctxprune.revival import Alarm
 
 SHRINK_EVERY = 32
@@ -78,6 +79,7 @@ class PrunedCache(Cache):
         self.layers = []
         self.offloading = False
 
+    # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included, dropped or not."""
         return self.seen
@@ -207,7 +209,8 @@ class PrunedCache(Cache):
 
     def absorb(self, other: PrunedCache) -> None:
         """The other's rows follow ours (requests that join a running batch); the other must not be used again."""
-        self.pinned = _joined(self.pinned, self.batch_size, other.pinned, other.batch_size)
+        mine = each_row(self.pinned, max(0, self.batch_size))
+        self.pinned = stacked([*mine, *each_row(other.pinned, other.batch_size)])
         if not self.held:
             self.held, self.length = other.held, other.length
             self.end_of, self.endless = other.end_of, other.endless
@@ -242,10 +245,9 @@ class PrunedCache(Cache):
         return torch.stack(live)
 
     def live_bytes(self) -> int:
-        """Bytes of the live keys, values and interaction keys."""
-        return sum(
-            layer.bytes_per_token() * int(layer.pages.live(layer.of_rows(self.last)).sum()) for layer in self.held
-        )
+        """Bytes of the live keys, values and interaction keys, and of what a ranking keeps."""
+        live = [int(layer.pages.live(layer.of_rows(self.last)).sum()) for layer in self.held]
+        return sum(one.bytes_per_token() * keys + one.row_bytes() for one, keys in zip(self.held, live, strict=True))
 
     def _cold(self) -> Sequence[LayerCache]:
         return [] if self.alarm is None else self.alarm.cold
@@ -285,15 +287,3 @@ class PrunedCache(Cache):
     def allocated_bytes(self) -> int:
         """Bytes of all pages, free slots and the slots' integers included."""
         return sum(layer.allocated_bytes() for layer in self.held)
-
-
-def _joined(first: Tensor | None, rows: int, second: Tensor | None, more: int) -> Tensor | None:
-    """Pinned positions of both, (rows + more, positions)."""
-    if first is None and second is None:
-        return None
-    first, second = (
-        torch.zeros(max(count, 0), 1, dtype=torch.bool) if given is None else given.cpu()
-        for given, count in ((first, rows), (second, more))
-    )
-    every = [*first, *second]
-    return torch.nn.utils.rnn.pad_sequence(every, batch_first=True, padding_value=False)

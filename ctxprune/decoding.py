@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 import kernels
@@ -19,6 +19,7 @@ from ctxprune.cache import PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
 from ctxprune.new_tokens import Arrival, NewTokens
+from ctxprune.pinning import pinned_at
 from ctxprune.policies.rule import FOREVER
 from ctxprune.ranked_calls import CachedRanked
 from ctxprune.visibility import Layout, ends, layout
@@ -99,7 +100,10 @@ def _new_tokens(
     length = step.amax(1) + 1
     if cache.length is not None:
         length = torch.maximum(length, cache.length)
-    pinned, policy = _pinned(cache.pinned, position, torch.arange(batch, device=device)[:, None]), wrapper.state.policy
+    pinned, policy = (
+        pinned_at(cache.pinned, position, torch.arange(batch, device=device)[:, None]),
+        wrapper.state.policy,
+    )
     protected = position < policy.sinks if pinned is None else (position < policy.sinks) | pinned
     guard = torch.where(protected, NEVER, position + 1 + policy.recent)
     never = torch.full(position.shape, NEVER, dtype=torch.int32, device=device)
@@ -118,15 +122,6 @@ def _positions(
     return before + (real.cumsum(1) - 1).clamp(min=0)
 
 
-def _pinned(pinned: Tensor | None, position: Int[Tensor, ...], row: Tensor) -> Bool[Tensor, ...] | None:
-    """Which of these positions of these rows are pinned."""
-    if pinned is None:
-        return None
-    pinned = pinned.to(position.device)
-    known = position < pinned.shape[1]
-    return pinned[row, position.clamp(max=pinned.shape[1] - 1).long()] & known
-
-
 def _end(wrapper, position: Tensor, pinned: Tensor | None) -> Tensor | None:
     """Drop time of each token by its position alone, whatever gates say; None: never."""
     life = wrapper.lifetime(position, pinned)
@@ -135,7 +130,7 @@ def _end(wrapper, position: Tensor, pinned: Tensor | None) -> Tensor | None:
 
 def _end_of_stored(cache: PrunedCache, wrapper, position: Tensor, row: Tensor) -> Tensor:
     """The same of positions that are stored for these rows."""
-    end = _end(wrapper, position, _pinned(cache.pinned, position, row))
+    end = _end(wrapper, position, pinned_at(cache.pinned, position, row))
     return torch.full_like(position, NEVER) if end is None else end
 
 

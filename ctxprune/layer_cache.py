@@ -249,7 +249,7 @@ class LayerCache(PagePool):
     def rows_of(self, sequences: Int[Tensor, " chosen"], batch: int) -> Int[Tensor, " rows"]:
         """The rows of these of `batch` sequences."""
         each = self.rows // batch
-        return sequences if each == 1 else (sequences[:, None] * each + _count(each, sequences)).flatten()
+        return (sequences[:, None] * each + torch.arange(each, device=sequences.device)).flatten()
 
     def positions(self, step: Int[Tensor, " rows"]) -> list[list[int]]:
         """Of the keys alive after each row's step, rising."""
@@ -257,10 +257,6 @@ class LayerCache(PagePool):
         table = self.pages.table.long()
         position = self.pages.position[table.clamp(min=0)].flatten(1)
         return [sorted(position[row][alive[row]].tolist()) for row in range(self.rows)]
-
-
-def _count(most: int, beside: Tensor) -> Int[Tensor, " most"]:
-    return torch.arange(most, device=beside.device)
 
 
 def _wider(table: Int[Tensor, "rows most"], most: int) -> Int[Tensor, "rows wider"]:

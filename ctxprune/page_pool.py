@@ -148,10 +148,14 @@ class PagePool:
         """Of one page, integers included."""
         return self.pages.page * (self.bytes_per_token() + 3 * 4)
 
+    def row_bytes(self) -> int:
+        """Of what is kept for rows beside their pages."""
+        return 0
+
     def allocated_bytes(self) -> int:
         """Of the pool."""
-        return len(self.pages.keys) * self.page_bytes()
+        return len(self.pages.keys) * self.page_bytes() + self.row_bytes()
 
     def used_bytes(self) -> int:
         """Of the pages that rows have."""
-        return self.in_use * self.page_bytes()
+        return self.in_use * self.page_bytes() + self.row_bytes()

@@ -34,12 +34,3 @@ def prefill(
         logits = model(ids[:, part], position_ids=position[:, part], logits_to_keep=1, use_cache=True, **inputs).logits
         cache.shrink()
     return logits[:, -1]
-
-
-def stacked(pinned: list[Tensor | None]) -> Tensor | None:
-    """(rows, positions), False behind the shorter ones."""
-    if all(one is None for one in pinned):
-        return None
-    nothing = torch.zeros(1, dtype=torch.bool)
-    rows = [nothing if one is None else one for one in pinned]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=False)

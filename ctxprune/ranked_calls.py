@@ -137,11 +137,12 @@ class CachedRanked(Ranked):
             if known is not None:
                 layer.write(known, drop[:, : table.stored], table.received[:, : table.stored])
             drop = drop[:, table.stored :]
-        output = self._store(layer, apart, step, drop.to(torch.int32), scale, first)
+        over = layer.queries is not None and self._over()
+        output = self._store(layer, apart, step, drop.to(torch.int32), scale, length if over else length - 1, first)
         if layer.queries is not None:
             layer.mark(step, table.own[:, table.stored :], table.received[:, table.stored :])
             layer.remember(table.queries, table.query_position)
-            if self._over():
+            if over:
                 layer.settle(length)
                 layer.forget()
                 layer.compact(length - 1, SPARE)
@@ -168,9 +169,11 @@ class CachedRanked(Ranked):
         return layer
 
     def _store(
-        self, layer: WatchedLayer, apart: list[Tensor], step: Tensor, drop: Tensor, scale: float, first: bool
-    ) -> Tensor:
-        """Take the new tokens in and attend; those of a first pass that are dropped within it are never stored."""
+        self, layer: WatchedLayer, apart: list[Tensor], step: Tensor, drop: Tensor, scale: float, gone: Tensor,
+        first: bool,
+    ) -> Tensor:  # fmt: skip
+        """Take the new tokens in and attend; those of a first pass that are dropped up to step `gone` (rows,) are never
+        stored."""
         (query, key, value), new = apart, self.cache.new
         heads, n = len(step) // len(new.step), query.shape[2]
         guard = _rows(new.guard, heads)
@@ -188,7 +191,7 @@ class CachedRanked(Ranked):
         # By columns, which the kernel for whole rows counts in: a row's tokens stand together.
         by_column = torch.where(drop == NEVER, n, (drop.long() - step.amax(1, keepdim=True)) + _last(step))
         by_column = torch.where(step >= 0, by_column, torch.arange(1, n + 1, device=step.device))
-        stored = (step >= 0) & (drop > step.amax(1, keepdim=True))
+        stored = (step >= 0) & (drop > gone[:, None])
         layer.make_room_for(stored.sum(1))
         layer.pages.store(key, value, None, step.masked_fill(~stored, -1), guard, drop)
         return kernels.drop_time_attention(query, key, value, by_column, scale=scale)
@@ -214,7 +217,7 @@ def _rows(tensor: Tensor, heads: int) -> Tensor:
 def _beside(known: Tensor, new: Tensor) -> Tensor:
     """Stored keys, then new ones; where the scorer looks at none, the new ones alone have numbers, and nobody asks."""
     if known.shape[-1] != new.shape[-1]:
-        return new[..., :0].new_zeros(*known.shape[:2], known.shape[2] + new.shape[2], 0)
+        return new.new_zeros(*known.shape[:2], known.shape[2] + new.shape[2], 0)
     return torch.cat([known, new], 2)
 
 

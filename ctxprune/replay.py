@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -61,13 +61,18 @@ class Resuming:
         """query (rows, heads, n, width), key and value (rows, kv_heads, n, width) -> (rows, heads, n, width)."""
         rows, _, n, _ = query.shape
         length = self.keys.shape[2]
-        own = torch.zeros(n, n, dtype=query.dtype, device=query.device)
-        own.masked_fill_(~torch.ones_like(own, dtype=torch.bool).tril(), -torch.inf)
+        own = query.new_zeros(n, n).masked_fill_(~self.seen(query)[:, length:], -torch.inf)
         bias = query.new_zeros(1, 1, 1, length) if self.bias is None else self.bias.to(query.dtype)
         heads = bias.shape[1]
         mask = torch.cat([bias.expand(rows, heads, n, length), own.expand(rows, heads, n, n)], -1)
         keys, values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
         return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def seen(self, query: Tensor) -> Bool[Tensor, "n keys"]:
+        """Which keys, the context's first, each query may see, bias or not."""
+        n, length = query.shape[2], self.keys.shape[2]
+        place = torch.arange(length + n, device=query.device)
+        return place <= place[length:, None]
 
 
 @torch.no_grad()

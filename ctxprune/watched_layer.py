@@ -61,6 +61,9 @@ class WatchedLayer(LayerCache):
     def bytes_per_token(self) -> int:
         return super().bytes_per_token() + (0 if self.marks is None else 2 * self.marks.element_size())
 
+    def row_bytes(self) -> int:
+        return 0 if self.queries is None else self.queries.numel() * self.queries.element_size()
+
     def select(self, rows: Int[Tensor, " chosen"]) -> None:
         super().select(rows)
         if self.queries is not None and self.query_position is not None:

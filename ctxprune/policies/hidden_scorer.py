@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctxprune.errors import UserError
 from ctxprune.policies.budget import Budget
 from ctxprune.policies.ranked import RankedConfig
-from ctxprune.policies.scorer import Arrivals, Scorer, hashed
+from ctxprune.policies.scorer import Arrivals, Scorer, lots
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class BlindScorer(HiddenScorer):
         return super().forward(torch.zeros_like(hidden))
 
     def own(self, new: Arrivals) -> Float[Tensor, "batch n"]:
-        place = new.position if new.ids is None else new.position * 1_000_003 + new.ids
-        lot = hashed(place, 7919 * self.layer + 1).clamp(1e-6, 1 - 1e-6)
+        lot = lots(new, 7919 * self.layer + 1).clamp(1e-6, 1 - 1e-6)
         # A logistic number: above -x with the probability sigmoid(x).
         return self(new.hidden) + (lot / (1 - lot)).log().to(new.hidden.dtype)
 

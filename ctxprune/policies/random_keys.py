@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ctxprune.policies.ranked import RankedConfig
-from ctxprune.policies.scorer import Arrivals, Scorer, hashed
+from ctxprune.policies.scorer import Arrivals, Scorer, lots
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,6 @@ class RandomScorer(Scorer):
         self.seed, self.apart = seed, apart
 
     def own(self, new: Arrivals) -> Float[Tensor, "batch *kv_heads n"]:
-        drawn = new.position if new.ids is None else new.position * 1_000_003 + new.ids
         if not self.apart:
-            return hashed(drawn, self.seed)
-        heads = new.keys.shape[1]
-        return hashed(drawn[:, None] * heads + drawn.new_tensor(range(heads))[:, None], self.seed)
+            return lots(new, self.seed)
+        return torch.stack([lots(new, self.seed + 104_729 * head) for head in range(new.keys.shape[1])], 1)

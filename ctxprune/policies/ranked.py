@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from ctxprune.policies.scorer import Scorer
 
 
 @dataclass(frozen=True)
-class RankedConfig:
+class RankedConfig(ABC):
     """Base of the policies that are a score: a subclass names itself and says how a layer's scorer is made."""
 
     policy: ClassVar[str]
@@ -52,9 +53,9 @@ class RankedConfig:
                 f"recent={self.recent}: give at least {self.sinks + self.recent + 1}, or protect fewer"
             )
 
+    @abstractmethod
     def scorer(self, layer: int, width: int) -> Scorer:
         """The scorer of one layer of a model of this hidden width."""
-        raise NotImplementedError
 
     def rules(self, layers: int, width: int) -> list[Rule]:
         """One scorer per layer; see ctxprune.policies."""

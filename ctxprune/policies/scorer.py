@@ -95,6 +95,11 @@ class Scorer(nn.Module):
         return seen.own
 
 
+def lots(new: Arrivals, seed: int) -> Float[Tensor, "batch n"]:
+    """A number in [0, 1) for each new token, by its position and id: the same in any batch, chunk or order."""
+    return hashed(new.position if new.ids is None else new.position * 1_000_003 + new.ids, seed)
+
+
 def hashed(position: Int[Tensor, ...], seed: int) -> Float[Tensor, ...]:
     """Numbers in [0, 1) that depend on the position and the seed alone: the same in any batch, chunk or order."""
     mixed = (position.long() + 1) * 2654435761 + seed * 40503

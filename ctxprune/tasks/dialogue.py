@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from ctxprune.batches import IGNORED
-from ctxprune.tasks.symbols import DECOY, RULE, SEP, SPECIAL, START, TURN, Symbols, distinct, fits, places, write
+from ctxprune.tasks.symbols import DECOY, RULE, SEP, SPECIAL, START, TURN, Drawn, Symbols, distinct, fits, places, write
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
 @dataclass(frozen=True)
-class DialogueConfig:
+class DialogueConfig(Drawn):
     """One rule, quoted other rules, then turns with one key each, all different. Needed: RULE and the rule."""
 
     name: ClassVar[str] = "dialogue"
@@ -56,10 +56,6 @@ class DialogueConfig:
     def vocab_size(self) -> int:
         """Every id is below it."""
         return self.symbols.vocab_size + self.rules
-
-    def rows(self, split: Split) -> int | None:
-        """As many as you ask for; see ctxprune.tasks.task."""
-        return None
 
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + (`chatter` + 2) * `turns` tokens; see ctxprune.tasks.task."""

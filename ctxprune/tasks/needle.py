@@ -10,12 +10,12 @@ import numpy as np
 
 from ctxprune.errors import UserError
 from ctxprune.tasks.facts import Facts, ask
-from ctxprune.tasks.symbols import FACT, SEP, SPECIAL, START, Symbols, fits, write
+from ctxprune.tasks.symbols import FACT, SEP, SPECIAL, START, Drawn, fits, write
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
 @dataclass(frozen=True)
-class NeedleConfig:
+class NeedleConfig(Drawn):
     """One fact in filler, then its key. Difficulty: its depth, 0 (right after START) to 1 (right before SEP)."""
 
     name: ClassVar[str] = "needle"
@@ -35,20 +35,6 @@ class NeedleConfig:
         fits(self.name, self.length, 1, 3, 2)
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise UserError(f"needle: depth is {self.depth}: give 0 to 1, or none for anywhere")
-
-    @property
-    def symbols(self) -> Symbols:
-        """Which ids are keys, values and filler."""
-        return Symbols(self.keys, self.values, self.fillers)
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-        return self.symbols.vocab_size
-
-    def rows(self, split: Split) -> int | None:
-        """As many as you ask for; see ctxprune.tasks.task."""
-        return None
 
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + 2 tokens; see ctxprune.tasks.task."""

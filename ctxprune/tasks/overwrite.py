@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 
 from ctxprune.tasks.facts import Facts, ask
-from ctxprune.tasks.symbols import FACT, SEP, SPECIAL, START, Symbols, distinct, fits, places, write
+from ctxprune.tasks.symbols import FACT, SEP, SPECIAL, START, Drawn, distinct, fits, places, write
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
 @dataclass(frozen=True)
-class OverwriteConfig:
+class OverwriteConfig(Drawn):
     """Keys that are written several times in filler, then each asked once. Difficulty: number of different keys."""
 
     name: ClassVar[str] = "overwrite"
@@ -38,20 +38,6 @@ class OverwriteConfig:
         at_least(self.name, self.variables, writes=self.writes, keys=self.keys)
         at_least(self.name, self.writes, values=self.values)
         fits(self.name, self.length, self.writes, 3, 2)
-
-    @property
-    def symbols(self) -> Symbols:
-        """Which ids are keys, values and filler."""
-        return Symbols(self.keys, self.values, self.fillers)
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-        return self.symbols.vocab_size
-
-    def rows(self, split: Split) -> int | None:
-        """As many as you ask for; see ctxprune.tasks.task."""
-        return None
 
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + 2 * `variables` tokens; see ctxprune.tasks.task."""

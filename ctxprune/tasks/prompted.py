@@ -7,6 +7,7 @@ indices of `labels`: at the first token for a label of the whole text, at the fi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,7 +52,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class FileTask:
+class FileTask(ABC):
     """What tasks from files share. Subclasses say which examples a file holds and how a decoder is asked."""
 
     name: ClassVar[str]
@@ -100,13 +101,13 @@ class FileTask:
             return _batch([self._labelled(tokenizer, example) for example in chosen], _pad(tokenizer), left=False)
         return _batch([self._asked(tokenizer, example) for example in chosen], _pad(tokenizer), left=True)
 
+    @abstractmethod
     def examples(self, file: str) -> Iterator[Example]:
         """The examples of a file; UserError, naming file and line, for a broken one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def questions(self, example: Example) -> Iterator[tuple[str, str]]:
         """What is asked after the context and how it is answered, as texts that are tokenised one by one."""
-        raise NotImplementedError
 
     def _split(self, split: Split) -> list[Example]:
         examples = _splits(self, changed(self.file), changed(self.test_file) if self.test_file else 0)[split]

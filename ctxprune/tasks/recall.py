@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ctxprune.tasks.facts import ask, draw_facts
-from ctxprune.tasks.symbols import Symbols, fits
+from ctxprune.tasks.symbols import Drawn, fits
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
 @dataclass(frozen=True)
-class RecallConfig:
+class RecallConfig(Drawn):
     """1 to 8 facts among decoys and filler; all keys of a row differ. Difficulty: its facts."""
 
     name: ClassVar[str] = "recall"
@@ -40,20 +40,6 @@ class RecallConfig:
         triples = self.facts + self.decoys
         at_least(self.name, triples, keys=self.keys)
         fits(self.name, self.length, triples, 3, 2)
-
-    @property
-    def symbols(self) -> Symbols:
-        """Which ids are keys, values and filler."""
-        return Symbols(self.keys, self.values, self.fillers)
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-        return self.symbols.vocab_size
-
-    def rows(self, split: Split) -> int | None:
-        """As many as you ask for; see ctxprune.tasks.task."""
-        return None
 
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + 2 * `facts` tokens; see ctxprune.tasks.task."""

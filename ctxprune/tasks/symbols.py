@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctxprune.errors import UserError
+from ctxprune.tasks.task import Split
 
 START = 0
 """First token of every row."""
@@ -57,6 +58,28 @@ class Symbols:
         weight = np.cumsum(1.0 / np.arange(1, self.fillers + 1))
         rank = np.searchsorted(weight / weight[-1], draw.random((rows, n)), side="right")
         return self.first_filler + np.minimum(rank, self.fillers - 1)
+
+
+class Drawn:
+    """What synthetic tasks share: ids from their numbers of keys, values and fillers, and as many rows as one likes."""
+
+    keys: int
+    values: int
+    fillers: int
+
+    @property
+    def symbols(self) -> Symbols:
+        """Which ids are keys, values and filler."""
+        return Symbols(self.keys, self.values, self.fillers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+        return self.symbols.vocab_size
+
+    def rows(self, split: Split) -> int | None:
+        """As many as you ask for; see ctxprune.tasks.task."""
+        return None
 
 
 def distinct(draw: np.random.Generator, rows: int, count: int, pool: int) -> np.ndarray:

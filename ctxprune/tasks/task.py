@@ -46,6 +46,14 @@ class TaskBatch:
         there = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         return (there.cumsum(1) - 1).clamp(min=0)
 
+    @property
+    def end(self) -> int:
+        """Where the contexts of all rows end. UserError where they do not end together (rows of files)."""
+        first = int(self.context_end[0])
+        if bool((self.context_end != first).any()):
+            raise UserError("contexts of this batch end at different places: take a synthetic task, or rows one by one")
+        return first
+
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch on another device."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})

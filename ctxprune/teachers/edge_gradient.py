@@ -49,9 +49,7 @@ class _Watched(Resuming):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         output = super().attend(query, key, value, scale)
-        n, length = query.shape[2], self.keys.shape[2]
-        place = torch.arange(length + n, device=query.device)
-        seen = (place <= torch.arange(length, length + n, device=query.device)[:, None]).expand(1, 1, -1, -1)
+        seen = self.seen(query)[None, None]
         with torch.no_grad():
             keys, each = torch.cat([self.keys, key], 2), query.shape[1] // key.shape[1]
             values = torch.cat([self.values, value], 2).repeat_interleave(each, 1)

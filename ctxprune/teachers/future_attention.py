@@ -19,11 +19,8 @@ class _Watched(Resuming):
     got: list[Tensor]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        n, length = query.shape[2], self.keys.shape[2]
-        place = torch.arange(length + n, device=query.device)
-        seen = place <= torch.arange(length, length + n, device=query.device)[:, None]
-        shares = attention(query, torch.cat([self.keys, key], 2), seen[None, None], scale)
-        self.got.append(shares[..., :length].mean(1).sum(1))
+        shares = attention(query, torch.cat([self.keys, key], 2), self.seen(query)[None, None], scale)
+        self.got.append(shares[..., : self.keys.shape[2]].mean(1).sum(1))
         return super().attend(query, key, value, scale)
 
 

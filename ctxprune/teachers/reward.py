@@ -83,7 +83,7 @@ def reinforce(
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     for step in range(config.steps):
         rows = task.batch("train", config.seed, step, config.rows)
-        context = read(model, rows.input_ids[:, : int(rows.context_end[0])])
+        context = read(model, rows.input_ids[:, : rows.end])
         with torch.enable_grad():
             odds = torch.stack(scores(model, context))
         keep = _draw(odds.detach(), config.rollouts, draw)

@@ -121,7 +121,7 @@ def _received(context: Context, layer: int) -> Float[Tensor, "batch context"]:
 
 
 def _context(model, rows: TaskBatch) -> Context:
-    return read(model, rows.input_ids[:, : int(rows.context_end[0])])
+    return read(model, rows.input_ids[:, : rows.end])
 
 
 def _teachable(wrapper) -> HiddenScorer | LTPScorer:

@@ -77,7 +77,7 @@ def _of_share(study: StudyConfig, methods: list[Method], root: Path, name: str, 
 
 @torch.no_grad()  # not inference mode: what is read there cannot be differentiated
 def _once(model, rows: TaskBatch, around) -> dict[str, float]:
-    end, ids = int(rows.context_end[0]), rows.input_ids
+    end, ids = rows.end, rows.input_ids
     held, state = PrunedCache(page=16), state_of(model)
     held.prompt = torch.full((len(ids),), end)
     state.decisions = Decisions()

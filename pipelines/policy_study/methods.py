@@ -102,7 +102,7 @@ def _gates(share: float) -> PolicyConfig:
 def _lessons(model, task: Task, seed: int, teacher) -> Iterator[tuple[Context, Tensor]]:
     for step in range(LESSONS):
         rows = task.batch("train", seed, step, LESSON_ROWS)
-        end = int(rows.context_end[0])
+        end = rows.end
         context = read(model, rows.input_ids[:, :end])
         yield context, teacher(model, context, rows.input_ids[:, end:])
 
@@ -150,13 +150,14 @@ def _truth(model, batch: TaskBatch) -> AbstractContextManager:
 
 def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextManager]:
     def around(model, batch: TaskBatch) -> AbstractContextManager:
-        end = int(batch.context_end[0])
+        end = batch.end
         split = end if aware else end - LAST
         context = read(model, batch.input_ids[:, :split])
         follows = batch.input_ids[:, split:] if aware else batch.input_ids[:, split:end]
         scores = edge_gradients(model, context, follows)
-        # The last tokens have no later ones to speak for them: they are ranked above all.
-        return given(model, torch.nn.functional.pad(scores, (0, end - split), value=float(scores.max())))
+        # The last tokens have no later ones to speak for them: they are worth what a token is in the mean.
+        mean = scores.mean(-1, keepdim=True).expand(-1, -1, end - split)
+        return given(model, torch.cat([scores, mean], -1))
 
     return around
 

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models
 import ctxprune
 from ctxprune import GateConfig, UserError, checkpoint
 from ctxprune.checkpoint import MANIFEST, PRUNING, WEIGHTS, load, load_base, save, seal
-from ctxprune.retrofitting import set_alpha, state_of
+from ctxprune.policies import FutureConfig, LTPConfig
+from ctxprune.policies.budget import Budget
+from ctxprune.retrofitting import gate_parameters, set_alpha, state_of
 from tests.models import FAMILIES, GPT2, GROUPED, LAYERS, gated, small_model, tokens
 
 
@@ -65,6 +67,24 @@ def test_rules_without_gates_come_back_too(config, tmp_path):
     save(model, tmp_path / "model")
     back = load(tmp_path / "model")
     assert state_of(back).policy == config and torch.equal(back(ids).logits, model(ids).logits)
+
+
+TAUGHT = [FutureConfig(Budget(share=0.3), sinks=1, recent=2), LTPConfig(sinks=1, recent=2)]
+
+
+@pytest.mark.parametrize("config", TAUGHT, ids=lambda config: config.policy)
+@torch.no_grad()
+def test_what_a_ranking_was_taught_comes_back(config, tmp_path):
+    model, ids, prompt = ctxprune.retrofit(small_model(), config), tokens(1, 30), torch.tensor([20])
+    for parameter in gate_parameters(model):
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save(model, tmp_path / "model")
+    back = load(tmp_path / "model")
+    assert state_of(back).policy == config
+    kept, again = (ctxprune.drop_times(one, ids, prompt=prompt).drop_time for one in (model, back))
+    assert torch.equal(kept, again)
+    fresh = ctxprune.drop_times(ctxprune.retrofit(small_model(), config), ids, prompt=prompt).drop_time
+    assert not torch.equal(kept, fresh), "what was taught decides"
 
 
 @torch.no_grad()

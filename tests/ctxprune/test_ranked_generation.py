@@ -86,6 +86,11 @@ def test_statistics_are_counted_as_memory():
             model_with(config)(tokens(1, 20), past_key_values=held[name], use_cache=True)
     one, other = (held[name].held[0].bytes_per_token() for name in held)
     assert other == one + 2 * 8  # of float64
+    # And the last 32 queries of 4 heads of 8 in every layer, where a scorer asks them.
+    queries = 32 * 4 * 8 * 8
+    assert [held[name].held[0].row_bytes() for name in held] == [queries, 0]
+    keys = held["plain"].live_tokens().sum().item()
+    assert held["plain"].live_bytes() == keys * one + LAYERS * queries
     assert other * 16 + 12 * 16 == page_bytes(model_with(H2OConfig(when="step")), 16)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ctxprune.batches import IGNORED
+from ctxprune.errors import UserError
 from ctxprune.tasks import SYNTHETIC
 from ctxprune.tasks.dialogue import DialogueConfig
 from ctxprune.tasks.needle import NeedleConfig, grid
@@ -34,6 +35,15 @@ TIGHT = [
     DialogueConfig(length=4, turns=1, chatter=0, quotes=0),
 ]
 FACTS = [case for case in CASES + TIGHT if case.name != "dialogue"]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_contexts_of_a_batch_end_together(case):
+    batch = case.batch("train", 0, 0, 3)
+    assert batch.end == case.length and (batch.input_ids[:, batch.end - 1] == SEP).all()
+    ragged = replace(batch, context_end=batch.context_end + torch.tensor([0, 1, 0]))
+    with pytest.raises(UserError, match="end at different places"):
+        ragged.end  # noqa: B018 - asking is the test
 
 
 def named(case) -> str:
