@@ -13,6 +13,7 @@ usage: ./launch.sh [VERB [SETTING=VALUE ...]]
 
   sweep      a study: base models, trials, evaluation, benchmark, report
                ./launch.sh sweep experiment=demo pruning.sparsity=0.5,0.9
+               ./launch.sh sweep experiment=policies (every way to prune, on small models)
   train      one trial
                ./launch.sh train model=tiny pruning=learned pruning.sparsity=0.8
   evaluate   held-out perplexity of a trained model

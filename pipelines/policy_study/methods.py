@@ -205,7 +205,7 @@ METHODS = (
     Method("PyramidKV", "attention", _ranked("snapkv", pyramid=0.5)),
     Method("Ada-KV", "attention", _ranked("snapkv", apart=True, head_floor=0.2)),
     Method("gradients", "gradient", _ranked("given"), around=_gradients(aware=False)),
-    Method("distilled gradients", "gradient", _ranked("distilled"), _taught(edge_gradients)),
+    Method("distilled gradients", "taught", _ranked("distilled"), _taught(edge_gradients)),
     Method("future attention", "taught", _ranked("future"), _taught(future_attention)),
     Method("future attention, threshold", "taught", _by_threshold("future"), _taught(future_attention), adaptive=True),
     Method("LTP", "taught", _by_threshold("ltp"), _by_soft_mask, adaptive=True),
@@ -226,5 +226,5 @@ def named(names: list[str]) -> list[Method]:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, 1, 0.0)[0]
-            raise UserError(f"study.methods has {name!r}; nearest: {near!r} (there are {', '.join(known)})")
+            raise UserError(f"study.methods has {name!r}; nearest: {near!r} (there are {'; '.join(known)})")
     return [method for method in METHODS if not names or method.name in names]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipelines.canvas import LIGHT, Ink, panels, render, swatch
-from pipelines.policy_study.table import rows
+from pipelines.policy_study.table import LEARNED, rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figur
     handles = []
     for place, method in enumerate(methods):
         look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-        learned = {row["decides"] for row in made if row["method"] == method} & {"reward", "fine-tuned", "taught"}
+        learned = {row["decides"] for row in made if row["method"] == method} & set(LEARNED)
         look |= {"linewidth": 1.8 if learned else 1.0, "linestyle": "-" if learned else (0, (3, 2)), "markersize": 4}
         handles.append(swatch(method, **look))
         for task, axis in zip(tasks, axes, strict=True):

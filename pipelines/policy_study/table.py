@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import groupby
 from statistics import mean
 
-LEARNED = ("taught", "reward", "fine-tuned", "gradient")
+LEARNED = ("taught", "reward", "fine-tuned")
 """Where a decision is learned on the task; the others decide without."""
 CLOSE = 0.01
 """Shares of kept keys that differ by less, as a part of the budget, are equal budgets."""
