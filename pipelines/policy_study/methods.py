@@ -78,16 +78,12 @@ def restored(method: Method, model, share: float, weights: dict[str, Tensor]):
     return model.eval()
 
 
-def _ranked(name: str, **settings) -> Callable[[float], PolicyConfig]:
+def _ranked(name: str, *, pyramid: float = 0.0, head_floor: float = 1.0, **settings) -> Callable[[float], PolicyConfig]:
     def policy(share: float) -> PolicyConfig:
-        return policies.POLICIES[name](**_protected(share, settings))
+        budget = Budget(share=share, pyramid=pyramid, head_floor=head_floor)
+        return policies.POLICIES[name](sinks=SINKS, recent=RECENT, when="prompt", budget=budget, **settings)
 
     return policy
-
-
-def _protected(share: float, settings: dict) -> dict:
-    budget = {name: settings.pop(name) for name in ("pyramid", "head_floor") if name in settings}
-    return {"sinks": SINKS, "recent": RECENT, "when": "prompt", "budget": Budget(share=share, **budget), **settings}
 
 
 def _by_threshold(name: str, **settings) -> Callable[[float], PolicyConfig]:

@@ -81,6 +81,18 @@ def model_of(subject):
 QUICK = [method for method in METHODS if method.prepare is None]
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_method_is_the_same_policy_each_time_it_is_asked_for(method):
+    """A worker asks for many points one after the other: what one takes must not be gone for the next."""
+    assert method.policy(0.25) == method.policy(0.25) and method.policy(0.5) is not None
+
+
+def test_spread_budgets_are_spread():
+    by_name = {method.name: method.policy(0.25) for method in METHODS}
+    assert by_name["PyramidKV"].budget.pyramid == 0.5 and by_name["Ada-KV"].budget.head_floor == 0.2
+    assert by_name["Ada-KV"].apart and not by_name["SnapKV"].apart
+
+
 @pytest.mark.parametrize("method", QUICK, ids=lambda method: method.name)
 def test_every_untaught_method_meets_its_budget(method, subject):
     task = subject[0]
