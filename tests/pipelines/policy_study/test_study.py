@@ -84,7 +84,7 @@ QUICK = [method for method in METHODS if method.prepare is None]
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_method_is_the_same_policy_each_time_it_is_asked_for(method):
     """A worker asks for many points one after the other: what one takes must not be gone for the next."""
-    assert method.policy(0.25) == method.policy(0.25) and method.policy(0.5) is not None
+    assert method.policy(0.25) == method.policy(0.25)
 
 
 def test_spread_budgets_are_spread():
