@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.decode.native_path import interactions
+
 INITIAL_STD = 0.02
 """Standard deviation of the gates' initial weights (arXiv 2305.15805, appendix)."""
 
@@ -20,8 +22,6 @@ class InteractionGate(nn.Module):
     def __init__(self, width: int, rank: int, beta: float):
         super().__init__()
         self.rank = rank
-        # Not a module of its own: its weight is a copy, to be neither trained nor saved.
-        self._joined: tuple[list, nn.Module] | None = None
         self.query = nn.Linear(width, rank, bias=False)
         self.key = nn.Linear(width, rank, bias=False)
         # One element, not zero axes: DeepSpeed broadcasts parameters byte by byte and cannot view a scalar so.
@@ -35,33 +35,7 @@ class InteractionGate(nn.Module):
         """Interaction query, interaction key and beta, in the dtype of the gate's weights."""
         # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.
         beta = self.beta.sum()
-        if not torch.is_inference_mode_enabled() or hidden.device.type != "cpu" or not self._whole():
-            return self.query(hidden), self.key(hidden), beta
-        query, key = self._both()(hidden).split(self.rank, dim=-1)
-        return query, key, beta
-
-    def _whole(self) -> bool:
-        """Whether the weights are here (ZeRO-3 keeps them elsewhere between calls) and know when they were changed."""
-        weights = (self.query.weight, self.key.weight)
-        return all(len(weight) == self.rank and not weight.is_inference() for weight in weights)
-
-    def _both(self) -> nn.Module:
-        """One layer for query and key: on a CPU a step of few tokens costs as much per layer as per product."""
-        weights = (self.query.weight, self.key.weight)
-        made_of = [(type(self.query), *((weight.data_ptr(), weight._version, weight.dtype) for weight in weights))]
-        if self._joined is None or self._joined[0] != made_of:
-            with torch.inference_mode(False), torch.no_grad():
-                joined = nn.Linear(weights[0].shape[1], 2 * self.rank, bias=False, device="meta")
-                joined.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-            # Packed as they are (ctxprune.pack).
-            layer = joined if isinstance(self.query, nn.Linear) else type(self.query)(joined)
-            self._joined = made_of, layer
-        return self._joined[1]
-
-    def train(self, mode: bool = True) -> InteractionGate:
-        """As of every module. Optimizers may change weights behind the back of their version counters."""
-        self._joined = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_joined": None}
+        both = interactions(hidden, self.query.weight, self.key.weight)
+        if both is None:  # also where ZeRO-3 keeps the weights elsewhere, and brings them when their layers are called
+            both = self.query(hidden), self.key(hidden)
+        return *both, beta

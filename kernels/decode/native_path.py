@@ -29,11 +29,13 @@ NAME = "ctxprune_native"
 SWITCH = "CTXPRUNE_NATIVE"
 """Environment variable; 0: the torch path instead."""
 DTYPES = (torch.float32, torch.float64)
-SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h")
+SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h", "native_gates.h")
 # OpenMP is torch's own, whose threads are used: it is not linked again. Infinities and NaN keep their meaning.
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 MOST = 1024
 """Tokens at once."""
+FEW = 64
+"""Tokens whose interactions are worth a call here; for more, a library's products are."""
 BUILD_SECONDS = 15
 """What compiling takes, for whoever waits."""
 PATIENCE = 300
@@ -113,6 +115,23 @@ def extend_attention(
         gates, state = (interaction_query.contiguous(), beta), (*state, pages.interaction)
     pages.store(key, value, interaction_key, step, guard, drop_time)
     return module.extend(query, gates, step.contiguous(), state, scale)
+
+
+def interactions(hidden: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
+    """hidden (rows, n, width) times the weights (rank, width) of a gate's two layers: (rows, n, rank) each, at once.
+    A token's numbers do not depend on those beside it.
+
+    None where a library does it as well or better: many tokens, another device or type, gradients, or no compiled
+    kernel.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype not in DTYPES or hidden.shape[0] * hidden.shape[1] > FEW:
+        return None
+    if torch.is_grad_enabled() or hidden.dtype != query.dtype:
+        return None
+    try:
+        return kernel().interactions(hidden, query, key)
+    except Refused:
+        return None
 
 
 def _state(pages: Pages) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 // How are the CPU's kernels called from Python? One step looks at types and layouts and chooses slots, for
-// native_math.h; several tokens at once, whose types Python has compared, are handed on to native_extend.h.
+// native_math.h; several tokens at once, whose types Python has compared, are handed on to native_extend.h; what gates
+// ask of a few tokens, to native_gates.h.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -7,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "native_extend.h"
+#include "native_gates.h"
 #include "native_math.h"
 
 namespace {
@@ -184,9 +186,32 @@ at::Tensor extend(const at::Tensor& query, const Tensors& gates, const at::Tenso
   return (type == at::kFloat ? extended<float> : extended<double>)(query, gates, steps, state, scale);
 }
 
+template <typename T>
+at::Tensor multiplied(const at::Tensor& hidden, const at::Tensor& weight) {
+  const int64_t width = hidden.size(2), tokens = hidden.size(0) * hidden.size(1), outputs = weight.size(0);
+  at::Tensor to = at::empty({hidden.size(0), hidden.size(1), outputs}, hidden.options());
+  products(hidden.const_data_ptr<T>(), width, tokens, width, weight.const_data_ptr<T>(), outputs, to.data_ptr<T>());
+  return to;
+}
+
+// Interaction queries and keys of hidden (rows, n, width) under their weights (rank, width); nothing where types or
+// layouts are not those that this file is written for, or the weights are elsewhere.
+std::optional<std::pair<at::Tensor, at::Tensor>> interactions(const at::Tensor& hidden, const at::Tensor& query,
+                                                              const at::Tensor& key) {
+  const auto type = hidden.scalar_type();
+  if ((type != at::kFloat && type != at::kDouble) || hidden.dim() != 3) return std::nullopt;
+  for (const at::Tensor* t : {&hidden, &query, &key})
+    if (t->scalar_type() != type || !t->is_cpu() || !t->is_contiguous()) return std::nullopt;
+  for (const at::Tensor* t : {&query, &key})
+    if (t->dim() != 2 || t->size(1) != hidden.size(2)) return std::nullopt;
+  const auto of = type == at::kFloat ? multiplied<float> : multiplied<double>;
+  return std::make_pair(of(hidden, query), of(hidden, key));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step);
+  m.def("interactions", &interactions);
   m.def("extend", &extend);
 }
