@@ -33,9 +33,8 @@ class InteractionGate(nn.Module):
         self, hidden: Float[Tensor, "batch n width"]
     ) -> tuple[Float[Tensor, "batch n rank"], Float[Tensor, "batch n rank"], Float[Tensor, ""]]:
         """Interaction query, interaction key and beta, in the dtype of the gate's weights."""
-        # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.
-        beta = self.beta.sum()
-        both = interactions(hidden, self.query.weight, self.key.weight)
-        if both is None:  # also where ZeRO-3 keeps the weights elsewhere, and brings them when their layers are called
-            both = self.query(hidden), self.key(hidden)
-        return *both, beta
+        found = interactions(hidden, self.query.weight, self.key.weight, self.beta)
+        if found is None:  # also where ZeRO-3 keeps the weights elsewhere, and brings them when their layers are called
+            # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.
+            found = self.query(hidden), self.key(hidden), self.beta.sum()
+        return found

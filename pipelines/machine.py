@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb", "triton")
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb", "triton", "kvpress")
 
 
 def machine() -> dict[str, object]:

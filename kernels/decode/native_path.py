@@ -117,9 +117,9 @@ def extend_attention(
     return module.extend(query, gates, step.contiguous(), state, scale)
 
 
-def interactions(hidden: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
-    """hidden (rows, n, width) times the weights (rank, width) of a gate's two layers: (rows, n, rank) each, at once.
-    A token's numbers do not depend on those beside it.
+def interactions(hidden: Tensor, query: Tensor, key: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """hidden (rows, n, width) times the weights (rank, width) of a gate's two layers, (rows, n, rank) each, and a copy
+    of its offset, at once. A token's numbers do not depend on those beside it.
 
     None where a library does it as well or better: many tokens, another device or type, gradients, or no compiled
     kernel.
@@ -129,7 +129,7 @@ def interactions(hidden: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Te
     if torch.is_grad_enabled() or hidden.dtype != query.dtype:
         return None
     try:
-        return kernel().interactions(hidden, query, key)
+        return kernel().interactions(hidden, query, key, beta)
     except Refused:
         return None
 

@@ -7,6 +7,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstring>
+
 #include "native_extend.h"
 #include "native_gates.h"
 #include "native_math.h"
@@ -187,25 +189,34 @@ at::Tensor extend(const at::Tensor& query, const Tensors& gates, const at::Tenso
 }
 
 template <typename T>
-at::Tensor multiplied(const at::Tensor& hidden, const at::Tensor& weight) {
-  const int64_t width = hidden.size(2), tokens = hidden.size(0) * hidden.size(1), outputs = weight.size(0);
-  at::Tensor to = at::empty({hidden.size(0), hidden.size(1), outputs}, hidden.options());
-  products(hidden.const_data_ptr<T>(), width, tokens, width, weight.const_data_ptr<T>(), outputs, to.data_ptr<T>());
-  return to;
+void multiplied(const at::Tensor& hidden, const Tensors& weights, const Tensors& to) {
+  const auto product = [&](int which) {
+    return Product<T>{weights[which].const_data_ptr<T>(), weights[which].size(0), to[which].data_ptr<T>()};
+  };
+  const int64_t tokens = hidden.size(0) * hidden.size(1);
+  multiply(hidden.const_data_ptr<T>(), tokens, hidden.size(2), product(0), product(1));
 }
 
-// Interaction queries and keys of hidden (rows, n, width) under their weights (rank, width); nothing where types or
-// layouts are not those that this file is written for, or the weights are elsewhere.
-std::optional<std::pair<at::Tensor, at::Tensor>> interactions(const at::Tensor& hidden, const at::Tensor& query,
-                                                              const at::Tensor& key) {
+// Interaction queries and keys of hidden (rows, n, width) under their weights (rank, width), and a copy of beta without
+// axes; nothing where types or layouts are not those that this file is written for, or the weights are elsewhere.
+std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> interactions(const at::Tensor& hidden,
+                                                                           const at::Tensor& query,
+                                                                           const at::Tensor& key,
+                                                                           const at::Tensor& beta) {
   const auto type = hidden.scalar_type();
-  if ((type != at::kFloat && type != at::kDouble) || hidden.dim() != 3) return std::nullopt;
-  for (const at::Tensor* t : {&hidden, &query, &key})
+  if ((type != at::kFloat && type != at::kDouble) || hidden.dim() != 3 || beta.numel() != 1) return std::nullopt;
+  for (const at::Tensor* t : {&hidden, &query, &key, &beta})
     if (t->scalar_type() != type || !t->is_cpu() || !t->is_contiguous()) return std::nullopt;
   for (const at::Tensor* t : {&query, &key})
     if (t->dim() != 2 || t->size(1) != hidden.size(2)) return std::nullopt;
-  const auto of = type == at::kFloat ? multiplied<float> : multiplied<double>;
-  return std::make_pair(of(hidden, query), of(hidden, key));
+  const auto room = [&](const at::Tensor& weight) {
+    return at::empty({hidden.size(0), hidden.size(1), weight.size(0)}, hidden.options());
+  };
+  const Tensors to = {room(query), room(key)};
+  (type == at::kFloat ? multiplied<float> : multiplied<double>)(hidden, {query, key}, to);
+  at::Tensor offset = at::empty({}, beta.options());
+  std::memcpy(offset.data_ptr(), beta.const_data_ptr(), beta.element_size());
+  return std::make_tuple(to[0], to[1], offset);
 }
 
 }  // namespace

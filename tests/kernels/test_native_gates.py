@@ -19,10 +19,12 @@ def test_interactions_are_the_two_products(rows, n, width, rank, dtype):
     torch.manual_seed(0)
     hidden = torch.randn(rows, n, width, dtype=dtype)
     weights = [torch.randn(rank, width, dtype=dtype) / width**0.5 for _ in range(2)]
+    beta = torch.full((1,), 0.3, dtype=dtype)
     with torch.inference_mode():
-        found = native_path.interactions(hidden, *weights)
+        found = native_path.interactions(hidden, *weights, beta)
     assert found is not None
-    for one, weight in zip(found, weights, strict=True):
+    assert found[2].shape == () and found[2] == beta and found[2].data_ptr() != beta.data_ptr()
+    for one, weight in zip(found[:2], weights, strict=True):
         assert one.dtype == dtype and one.shape == (rows, n, rank)
         assert torch.allclose(
             one.double(), hidden.double() @ weight.double().T, atol=1e-12 if dtype.itemsize == 8 else 2e-6
@@ -32,9 +34,10 @@ def test_interactions_are_the_two_products(rows, n, width, rank, dtype):
 def test_a_tokens_interactions_do_not_depend_on_those_beside_it():
     torch.manual_seed(0)
     hidden, query, key = torch.randn(64, 1, 300), torch.randn(40, 300), torch.randn(40, 300)
+    beta = torch.zeros(1)
     with torch.inference_mode():
-        together = native_path.interactions(hidden, query, key)
-        alone = [native_path.interactions(row[None].clone(), query, key) for row in hidden]
+        together = native_path.interactions(hidden, query, key, beta)
+        alone = [native_path.interactions(row[None].clone(), query, key, beta) for row in hidden]
     for which in range(2):
         assert torch.equal(together[which], torch.cat([one[which] for one in alone]))
 
@@ -43,9 +46,9 @@ def test_a_tokens_interactions_do_not_depend_on_those_beside_it():
 def test_interactions_are_left_to_the_layers_where(why, monkeypatch):
     dtype = torch.bfloat16 if why == "type" else torch.float32
     hidden = torch.randn(native_path.FEW + 1 if why == "many" else 2, 1, 8).to(dtype)
-    query, key = torch.randn(4, 8).to(dtype), torch.randn(4, 8).to(dtype)
+    query, key, beta = torch.randn(4, 8).to(dtype), torch.randn(4, 8).to(dtype), torch.zeros(1).to(dtype)
     if why == "mixed":
-        query, key = query.double(), key.double()
+        query, key, beta = query.double(), key.double(), beta.double()
     if why == "strided":
         hidden = torch.randn(2, 1, 16)[..., ::2]
     if why == "elsewhere":
@@ -53,4 +56,4 @@ def test_interactions_are_left_to_the_layers_where(why, monkeypatch):
     if why == "off":
         monkeypatch.setenv(native_path.SWITCH, "0")
     with torch.set_grad_enabled(why == "gradients"):
-        assert native_path.interactions(hidden, query, key) is None
+        assert native_path.interactions(hidden, query, key, beta) is None
