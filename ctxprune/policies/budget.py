@@ -29,7 +29,7 @@ class Budget:
     """Keys whose score is at least this (as LTP, arXiv 2107.00910)."""
     pyramid: float = 0.0
     """How much more than the mean the first layer keeps and the last one less, as a share of it, in (-1, 1): falls
-    linearly with depth (as PyramidKV, arXiv 2406.02069), or rises. Of tokens and share."""
+    linearly with depth (as PyramidKV, arXiv 2406.02069), or rises; the mean stays. Of tokens and share."""
     head_floor: float = 1.0
     """Part of an equal share that every KV head surely keeps; the rest goes to whichever head scores highest (Ada-KV,
     arXiv 2407.11550, with 0.2). 1: all keep as many. Where heads decide apart, at the end of a prompt."""
@@ -61,16 +61,23 @@ class Budget:
         return self.tokens is not None or self.share is not None
 
     def count(self, length: Int[Tensor, " rows"], layer: int, layers: int) -> Int[Tensor, " rows"]:
-        """Keys that stay of `length` tokens in this layer: at least 1, at most all."""
-        depth = 0.0 if layers == 1 else 1.0 - 2.0 * layer / (layers - 1)
-        factor = 1.0 + self.pyramid * depth
+        """Keys that stay of `length` tokens in this layer: at least 1, at most all.
+
+        The layers together keep exactly layers * the mean, whatever the pyramid: what one keeps above it, the layer as
+        far from the other end keeps below it, so neither can go further than to all keys or to one (PyramidKV's code
+        flattens its pyramid there too, instead of keeping less).
+        """
         if self.tokens is not None:
-            wanted = torch.full_like(length, max(1, round(self.tokens * factor)))
+            mean = length.clamp(max=self.tokens)
         else:
             assert self.share is not None
             # Rounded before it is rounded up: 0.1 of 30 tokens are 3, whatever binary fractions make of it.
-            wanted = (length.double() * self.share * factor).mul(1e6).round().div(1e6).ceil().to(length.dtype)
-        return torch.minimum(wanted.clamp(min=1), length)
+            mean = (length.double() * self.share).mul(1e6).round().div(1e6).ceil().to(length.dtype)
+            mean = torch.minimum(mean.clamp(min=1), length)
+        place = layers - 1 - 2 * layer  # above 0 in the first half; its opposite is the mirrored layer's
+        wanted = (mean.double() * abs(self.pyramid * place) / max(1, layers - 1)).round().to(length.dtype)
+        moved = torch.minimum(wanted, torch.minimum(length - mean, (mean - 1).clamp(min=0)))
+        return mean + moved if self.pyramid * place > 0 else mean - moved
 
 
 def chosen(

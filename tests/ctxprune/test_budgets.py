@@ -51,6 +51,24 @@ def test_a_pyramid_keeps_its_mean_and_falls_with_depth():
     budget = Budget(tokens=100, pyramid=0.6)
     counts = [int(budget.count(torch.tensor([1000]), layer, 5)) for layer in range(5)]
     assert counts == [160, 130, 100, 70, 40]
+    # 75 % more than 80 of 100 keys are not there: what the first layer cannot take stays with the last one.
+    assert [int(Budget(share=0.8, pyramid=0.75).count(torch.tensor([100]), layer, 2)) for layer in (0, 1)] == [100, 60]
+
+
+@settings(deadline=None)
+@given(
+    st.one_of(st.floats(0.01, 1.0).map(lambda share: {"share": share}), st.integers(1, 80).map(lambda n: {"tokens": n})),
+    st.floats(-0.99, 0.99),
+    st.integers(1, 9),
+    st.integers(1, 300),
+)
+def test_layers_keep_together_what_they_would_keep_alike(amount, slope, layers, length):
+    tokens = torch.tensor([length])
+    mean = int(Budget(**amount).count(tokens, 0, layers))
+    counts = [int(Budget(**amount, pyramid=slope).count(tokens, layer, layers)) for layer in range(layers)]
+    assert sum(counts) == layers * mean and all(1 <= count <= length for count in counts)
+    falling = counts if slope >= 0 else counts[::-1]
+    assert falling == sorted(falling, reverse=True)
 
 
 def test_heads_share_what_is_not_theirs_for_sure():
