@@ -57,7 +57,9 @@ def test_a_pyramid_keeps_its_mean_and_falls_with_depth():
 
 @settings(deadline=None)
 @given(
-    st.one_of(st.floats(0.01, 1.0).map(lambda share: {"share": share}), st.integers(1, 80).map(lambda n: {"tokens": n})),
+    st.one_of(
+        st.floats(0.01, 1.0).map(lambda share: {"share": share}), st.integers(1, 80).map(lambda n: {"tokens": n})
+    ),
     st.floats(-0.99, 0.99),
     st.integers(1, 9),
     st.integers(1, 300),

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
+import ctxprune
 from ctxprune import UserError, tasks
+from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.scoring import pearson
 from pipelines import compose
 from pipelines.policy_study import jobs, plots, run, small_model, table
 from pipelines.policy_study.measure import measure
-from pipelines.policy_study.methods import METHODS, named, retrofitted, settle
+from pipelines.policy_study.methods import METHODS, MISSED, THRESHOLD_ROWS, named, retrofitted, settle
 
 
 def record(method: str, right: float, seed: int = 0, share: float = 0.25, **more) -> dict:
@@ -104,13 +106,41 @@ def test_every_untaught_method_meets_its_budget(method, subject):
         assert torch.allclose(found.kept, torch.full_like(found.kept, 8 / 32))
 
 
-def test_a_threshold_never_keeps_more_than_asked_on_the_rows_it_is_set_on(subject):
+def test_a_threshold_keeps_what_is_asked_and_never_more_on_the_rows_it_is_set_on(subject):
     task = subject[0]
     (method,) = named(["H2O, threshold"])
     model = retrofitted(method, model_of(subject), task, 0.3, 0)
+    found = measure(model, task, THRESHOLD_ROWS, split="validation")
+    assert (1 - MISSED) * 0.3 <= found.kept.mean() <= 0.3 and found.kept.std() > 0
+
+
+def test_where_scores_are_tied_the_last_layer_makes_up_for_what_one_threshold_misses(subject):
+    task = subject[0]
+    torch.manual_seed(0)
+    model = ctxprune.retrofit(model_of(subject), named(["agent"])[0].policy(0.3))
+    first, last = (wrapper.rule.ranking for wrapper in wrappers(model))
+    with torch.no_grad():
+        first.scorer.outer.weight.zero_()  # every token is worth the same: all stay or none
+
+    def kept() -> float:
+        return measure(model, task, THRESHOLD_ROWS, split="validation").kept.mean().item()
+
     settle(model, task, 0.3)
-    found = measure(model, task, 256, split="validation")
-    assert 0.27 < found.kept.mean() <= 0.3 and found.right.shape == (256,)
+    assert first.config.budget != last.config.budget and (1 - MISSED) * 0.3 <= kept() <= 0.3
+    last.config = first.config
+    assert abs(kept() / 0.3 - 1) > 0.01
+
+
+def test_the_best_spread_over_depth_costs_no_more_keys(subject, monkeypatch):
+    """Slopes for which the layers' parts are no whole numbers of keys."""
+    task = subject[0]
+    (method,) = named(["H2O, best constant"])
+    for slope in (0.25, -0.77):
+        monkeypatch.setattr("pipelines.policy_study.methods.SLOPES", (slope,))
+        model = retrofitted(method, model_of(subject), task, 0.3, 0)
+        found = measure(model, task, 64)
+        assert torch.allclose(found.kept, torch.full_like(found.kept, 10 / 32))
+        assert {wrapper.rule.ranking.config.budget.pyramid for wrapper in wrappers(model)} == {slope}
 
 
 def test_the_oracle_keeps_what_is_needed_and_its_precision_says_so(subject):
