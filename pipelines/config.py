@@ -58,8 +58,8 @@ class PruningConfig:
     """What is dropped, and how the model learns to live with it (method: arXiv 2305.15805)."""
 
     policy: str = "learned"
-    """dense, learned, window or strided; or a ranking of keys at every step: random, frequency, key_norm, keydiff, h2o,
-    tova or snapkv."""
+    """dense, learned, window or strided; or a ranking of keys at every step: random, strided_keys, bigbird, frequency,
+    key_norm, keydiff, h2o, tova or snapkv."""
     sparsity: float | None = None
     """Target share of the context dropped, in (0, 1): reached by a controller (learned) or solved for (others)."""
     gamma: float | None = None

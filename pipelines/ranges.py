@@ -86,7 +86,7 @@ RANGES = {
     "generate.alarm_share": "(0, 1)",
 }
 
-RANKED = ("random", "frequency", "key_norm", "keydiff", "h2o", "tova", "snapkv")
+RANKED = ("random", "strided_keys", "bigbird", "frequency", "key_norm", "keydiff", "h2o", "tova", "snapkv")
 """Policies that rank keys at every step, by their names in ctxprune.policies (recency is the window)."""
 WORDS = {
     "model.family": ("llama", "gpt2", "qwen3", "mistral", "gpt_neox"),

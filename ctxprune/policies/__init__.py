@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from difflib import get_close_matches
 
 from ctxprune.errors import UserError
+from ctxprune.policies.bigbird import BigBirdConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.policies.dense import DenseConfig
 from ctxprune.policies.frequency import FrequencyConfig
@@ -30,6 +31,7 @@ from ctxprune.policies.ranked import RankedConfig
 from ctxprune.policies.recency import RecencyConfig
 from ctxprune.policies.snapkv import SnapKVConfig
 from ctxprune.policies.strided import StridedConfig
+from ctxprune.policies.strided_keys import StridedKeysConfig
 from ctxprune.policies.tova import TovaConfig
 from ctxprune.policies.window import WindowConfig
 
@@ -38,6 +40,8 @@ BY_POSITION = (DenseConfig, GateConfig, WindowConfig, StridedConfig)
 HEURISTIC = (
     RandomConfig,
     RecencyConfig,
+    StridedKeysConfig,
+    BigBirdConfig,
     FrequencyConfig,
     KeyNormConfig,
     KeyDiffConfig,

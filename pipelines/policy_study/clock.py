@@ -22,6 +22,7 @@ from pipelines import store
 from pipelines.policy_study import jobs
 from pipelines.policy_study.config import StudyConfig
 from pipelines.policy_study.methods import Method, restored
+from pipelines.policy_study.truncation import cut
 from pipelines.progress import Bars
 
 ROWS = 16
@@ -46,16 +47,17 @@ def _of_share(study: StudyConfig, methods: list[Method], root: Path, name: str, 
     task, inputs = tasks.from_dict({"task": name}), jobs.model_inputs(name, study.steps, study.seeds[0])
     rows = task.batch("test", 1, 0, ROWS)
     dense = ctxprune.retrofit(jobs.small(root, inputs), DenseConfig())
-    subjects = {"dense": (dense, None)}
+    subjects = {"dense": (dense, None, rows)}
     for method in methods:
         point = store.folder_of(root, "study-point", jobs.point_inputs(inputs, method.name, share, study.rows))
         if store.finished(point):
             weights = load_file(point / "weights.safetensors")
-            subjects[method.name] = (restored(method, jobs.small(root, inputs), share, weights), method.around)
+            given = cut(rows, method.shown(rows, share)) if method.shown else rows
+            subjects[method.name] = (restored(method, jobs.small(root, inputs), share, weights), method.around, given)
     rounds: dict[str, list[dict[str, float]]] = {label: [] for label in subjects}
     for turn in range(study.repeats + 1):  # the first is a warm-up
-        for label, (model, around) in subjects.items():
-            one = _once(model, rows, around)
+        for label, (model, around, given) in subjects.items():
+            one = _once(model, given, around)
             if turn:
                 rounds[label].append(one)
     beside = {key: statistics.median(one[key] for one in rounds["dense"]) for key in rounds["dense"][0]}

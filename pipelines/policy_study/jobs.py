@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,8 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     whole = ctxprune.retrofit(small(root, inputs["model"]), DenseConfig())
     dense, said = measure(whole, task, rows), predictions(whole, task, rows)
     model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], inputs["model"]["seed"])
-    found = measure(model, task, rows, prepared=method.around, dense=said)
+    shown = partial(method.shown, share=inputs["share"]) if method.shown else None
+    found = measure(model, task, rows, prepared=method.around, dense=said, shown=shown)
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
     )

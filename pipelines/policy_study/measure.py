@@ -19,11 +19,14 @@ from ctxprune.drop_time import DropTimes, forward_with_drop_times
 from ctxprune.tasks import Task
 from ctxprune.tasks.scoring import in_context, keep_set, score
 from ctxprune.tasks.task import Split, TaskBatch
+from pipelines.policy_study.truncation import cut
 
 BATCH = 64
 """Rows at a time."""
 Prepared = Callable[[object, TaskBatch], AbstractContextManager]
 """What a policy needs around the pass of one batch: scores that are handed over, say."""
+Shown = Callable[[TaskBatch], Tensor]
+"""The columns of a batch that the model is given at all."""
 
 
 @dataclass
@@ -43,21 +46,26 @@ class Outcome:
 @torch.no_grad()
 def measure(
     model, task: Task, rows: int, *, split: Split = "test", seed: int = 0, prepared: Prepared | None = None,
-    dense: list[Tensor] | None = None,
+    dense: list[Tensor] | None = None, shown: Shown | None = None,
 ) -> Outcome:  # fmt: skip
-    """dense: what the dense model predicts, by batch (`predictions`), for the agreement."""
+    """dense: what the dense model predicts, by batch (`predictions`), for the agreement. shown: None: all of each row;
+    what is not shown counts as dropped."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Outcome.__dataclass_fields__}
     for index in range(-(-rows // BATCH)):
         batch = task.batch(split, seed, index, min(BATCH, rows - index * BATCH))
+        there = shown(batch) if shown else torch.arange(batch.input_ids.shape[1])
+        given = cut(batch, there)
         with prepared(model, batch) if prepared else nullcontext():
-            taken, logits = passed(model, batch)
-        kept = alive(taken, batch)
+            taken, logits = passed(model, given)
+        left = alive(taken, given)
+        kept = left.new_zeros(*left.shape[:-1], batch.input_ids.shape[1])
+        kept[..., there] = left
         inside = in_context(batch)
-        parts["right"].append(score(logits, batch))
+        parts["right"].append(score(logits, given))
         parts["kept"].append(kept.double().mean((0, 2)).sum(-1) / inside.sum(-1))
         if dense is not None:
-            asked = batch.answers != IGNORED
-            same = (logits.argmax(-1) == dense[index]) & asked
+            asked = given.answers != IGNORED
+            same = (logits.argmax(-1) == dense[index][:, there]) & asked
             parts["agreement"].append(same.sum(1) / asked.sum(1))
         if batch.needed is not None:
             precision, recall = keep_set(kept.any(0).any(1), batch)

@@ -27,6 +27,7 @@ from ctxprune.teachers.reward import RewardConfig, reinforce
 from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
 from pipelines.policy_study.measure import measure
+from pipelines.policy_study.truncation import columns
 
 Kind = Literal["control", "importance", "attention", "gradient", "taught", "reward", "fine-tuned"]
 SINKS, RECENT = 1, 1
@@ -50,7 +51,7 @@ class Method:
     """name: in the table. policy: makes the policy of a budget. kind: where the decision comes from. prepare: teaches
     the model, once per budget. around: what each batch needs. adaptive: the budget is the mean over inputs (a threshold
     set on validation rows), otherwise every input keeps the same share. aware: has seen the questions when it decides:
-    not possible in use, so these stand apart."""
+    not possible in use, so these stand apart. shown: the columns that the model is given, by batch and share."""
 
     name: str
     kind: Kind
@@ -59,6 +60,7 @@ class Method:
     around: Callable[[object, TaskBatch], AbstractContextManager] | None = None
     adaptive: bool = False
     aware: bool = False
+    shown: Callable[[TaskBatch, float], Tensor] | None = None
 
 
 def retrofitted(method: Method, model, task: Task, share: float, seed: int):
@@ -162,6 +164,10 @@ def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextMana
     return around
 
 
+def _truncated(batch: TaskBatch, share: float) -> Tensor:
+    return columns(batch, share, SINKS)
+
+
 def settle(model, task: Task, share: float) -> None:
     """Set one threshold for all layers, on validation rows, so that this share of the context is kept on average: at
     most MISSED of it less, never more. Where scores are tied no one threshold does (in the first layer they depend on
@@ -205,6 +211,9 @@ def _bisected(kept: Callable[[float], float], share: float, halvings: int) -> bo
 METHODS = (
     Method("random", "control", _ranked("random")),
     Method("recency", "control", _ranked("recency")),
+    Method("truncation", "control", lambda share: policies.DenseConfig(), shown=_truncated),
+    Method("strided keys", "control", _ranked("strided_keys")),
+    Method("BigBird blocks", "control", _ranked("bigbird", block=4)),
     Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned),
     Method("frequency", "importance", _ranked("frequency")),
     Method("key norm", "importance", _ranked("key_norm")),

@@ -31,7 +31,9 @@ NOTES = (
     "when the questions begin, mean over layers; as dense: answers that are the dense model's; precision and recall of "
     "the kept tokens against those that are needed; r: correlation of kept with difficulty, where the budget follows "
     "the input; cache, reading, token: live bytes, time to read the contexts and per later token over those of dense, "
-    "16 rows, deciding included and beside it. Methods marked * have seen the questions when they decide."
+    "16 rows, deciding included and beside it. strided keys, BigBird blocks: what such a pattern shows to the first "
+    "question, the rest freed, which the papers do not. truncation: the rest is cut off before reading. Methods marked "
+    "* have seen the questions when they decide."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ctxprune.tasks.scoring import pearson
 from pipelines import compose
 from pipelines.policy_study import jobs, plots, run, small_model, table
 from pipelines.policy_study.measure import measure
-from pipelines.policy_study.methods import METHODS, MISSED, THRESHOLD_ROWS, named, retrofitted, settle
+from pipelines.policy_study.methods import METHODS, MISSED, named, retrofitted, settle
 
 
 def record(method: str, right: float, seed: int = 0, share: float = 0.25, **more) -> dict:
@@ -99,22 +100,25 @@ def test_spread_budgets_are_spread():
 def test_every_untaught_method_meets_its_budget(method, subject):
     task = subject[0]
     model = retrofitted(method, model_of(subject), task, 0.25, 0)
-    found = measure(model, task, 128, prepared=method.around)
+    shown = partial(method.shown, share=0.25) if method.shown else None
+    found = measure(model, task, 128, prepared=method.around, shown=shown)
     if method.adaptive:
         assert found.kept.mean() == pytest.approx(0.25, abs=0.02) and found.kept.std() > 0
     else:
         assert torch.allclose(found.kept, torch.full_like(found.kept, 8 / 32))
 
 
-def test_a_threshold_keeps_what_is_asked_and_never_more_on_the_rows_it_is_set_on(subject):
+def test_a_threshold_keeps_what_is_asked_and_never_more_on_the_rows_it_is_set_on(subject, monkeypatch):
+    monkeypatch.setattr("pipelines.policy_study.methods.THRESHOLD_ROWS", 128)
     task = subject[0]
     (method,) = named(["H2O, threshold"])
     model = retrofitted(method, model_of(subject), task, 0.3, 0)
-    found = measure(model, task, THRESHOLD_ROWS, split="validation")
+    found = measure(model, task, 128, split="validation")
     assert (1 - MISSED) * 0.3 <= found.kept.mean() <= 0.3 and found.kept.std() > 0
 
 
-def test_where_scores_are_tied_the_last_layer_makes_up_for_what_one_threshold_misses(subject):
+def test_where_scores_are_tied_the_last_layer_makes_up_for_what_one_threshold_misses(subject, monkeypatch):
+    monkeypatch.setattr("pipelines.policy_study.methods.THRESHOLD_ROWS", 128)
     task = subject[0]
     torch.manual_seed(0)
     model = ctxprune.retrofit(model_of(subject), named(["agent"])[0].policy(0.3))
@@ -123,7 +127,7 @@ def test_where_scores_are_tied_the_last_layer_makes_up_for_what_one_threshold_mi
         first.scorer.outer.weight.zero_()  # every token is worth the same: all stay or none
 
     def kept() -> float:
-        return measure(model, task, THRESHOLD_ROWS, split="validation").kept.mean().item()
+        return measure(model, task, 128, split="validation").kept.mean().item()
 
     settle(model, task, 0.3)
     assert first.config.budget != last.config.budget and (1 - MISSED) * 0.3 <= kept() <= 0.3
@@ -158,11 +162,11 @@ def config_of(tmp_path, *words: str):
 
 @pytest.mark.slow
 def test_a_study_runs_through_ray_and_a_second_start_makes_nothing_again(tmp_path, capsys, monkeypatch):
-    config, words = config_of(tmp_path, 'study.methods=[random,"future attention",oracle]')
+    config, words = config_of(tmp_path, 'study.methods=[random,truncation,"future attention",oracle]')
     monkeypatch.setattr("pipelines.policy_study.methods.LESSONS", 3)
     assert run.main(config, words) == 0
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["method"] for row in first] == ["random", "future attention", "oracle"]
+    assert [row["method"] for row in first] == ["random", "truncation", "future attention", "oracle"]
     assert all(abs(row["kept"] - 0.25) < 0.01 and row["token_of_dense"] > 0 for row in first)
     assert all(row["machine"] and row["versions"]["torch"] and row["against_dense_low"] <= 0 for row in first)
     assert {path.name for path in (tmp_path / "policies").iterdir()} >= {
