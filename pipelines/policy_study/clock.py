@@ -3,6 +3,7 @@ the machine, deciding included."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from contextlib import nullcontext
@@ -27,54 +28,103 @@ from pipelines.progress import Bars
 
 ROWS = 16
 """Sequences that are answered together."""
+LENGTHS, LONG_ROWS, LONG_TURNS = (256, 1024, 2048), 4, 3
+"""Longer contexts, in tokens; how many are read together; how often each is timed."""
 Key = tuple[str, str, float]
+Subjects = dict[str, tuple[torch.nn.Module, Method | None]]
 
 
-def timed(study: StudyConfig, methods: list[Method], root: Path, bars: Bars) -> dict[Key, dict[str, float]]:
+def timed(study: StudyConfig, methods: list[Method], root: Path, bars: Bars) -> dict[Key, dict[str, float | None]]:
     """By (task, method, share), on the first seed's model: ms to read the contexts and ms per later token, each of
     ROWS sequences together and as a multiple of dense in the same round; ms of these that went into deciding; live
-    cache bytes over those of dense."""
-    found: dict[Key, dict[str, float]] = {}
-    with bars.task("timing (methods)", len(study.tasks) * len(methods) * len(study.shares)) as advance:
-        for task in study.tasks:
-            for share in study.shares:
-                found |= _of_share(study, methods, root, task, share)
-                advance(len(found))
+    cache bytes over those of dense. At the smallest share what `longer` says too."""
+    found: dict[Key, dict[str, float | None]] = {}
+    done = 0
+    with bars.task("timing (methods)", len(study.tasks) * len(methods) * (len(study.shares) + 1)) as advance:
+        for name in study.tasks:
+            rows = tasks.from_dict({"task": name}).batch("test", 1, 0, ROWS)
+            for share in sorted(study.shares, reverse=True):
+                subjects = _subjects(study, methods, root, name, share)
+                rounds = _rounds(subjects, rows, share, study.repeats)
+                dense = rounds.pop("dense")
+                found |= {(name, label, share): _beside(one, dense) for label, one in rounds.items()}
+                done += len(rounds)
+                advance(done)
+            for label, more in longer(subjects, name, share, rows.end).items():
+                found[name, label, share] |= more
+            done += len(rounds)
+            advance(done)
     return found
 
 
-def _of_share(study: StudyConfig, methods: list[Method], root: Path, name: str, share: float) -> dict:
-    task, inputs = tasks.from_dict({"task": name}), jobs.model_inputs(name, study.steps, study.seeds[0])
-    rows = task.batch("test", 1, 0, ROWS)
-    dense = ctxprune.retrofit(jobs.small(root, inputs), DenseConfig())
-    subjects = {"dense": (dense, None, rows)}
+def longer(subjects: Subjects, name: str, share: float, own: int) -> dict[str, dict[str, float | None]]:
+    """By method, over contexts of the task's own length and the longer LENGTHS. even_from: the length in tokens from
+    which on a later token takes no longer than dense; None: not even at the longest. repaid: later tokens after which
+    reading the longest and writing these takes no longer than dense, deciding included; None: there is no such
+    number."""
+    lengths = [own, *(length for length in LENGTHS if length > own)]
+    slower: dict[str, list[bool]] = {label: [] for label in subjects if label != "dense"}
+    after: dict[str, float | None] = {}
+    for length in lengths:
+        rows = tasks.from_dict({"task": name, "length": length}).batch("test", 1, 0, LONG_ROWS)
+        rounds = _rounds(subjects, rows, share, LONG_TURNS)
+        dense = rounds.pop("dense")
+        for label, one in rounds.items():
+            slower[label].append(one["token_ms"] > dense["token_ms"])
+            after[label] = repaid(one["read_ms"] - dense["read_ms"], dense["token_ms"] - one["token_ms"])
+    return {label: {"even_from": since(lengths, was), "repaid": after[label]} for label, was in slower.items()}
+
+
+def repaid(lost: float, won: float) -> float | None:
+    """Tokens that win back, at `won` ms each, what reading lost in ms; None where each loses more."""
+    if lost <= 0:
+        return 0.0 if won >= 0 else None
+    return float(math.ceil(lost / won)) if won > 0 else None
+
+
+def since(lengths: list[int], slower: list[bool]) -> float | None:
+    """The first length from which on nothing was slower; None where the longest was."""
+    last = max((place for place, was in enumerate(slower) if was), default=-1)
+    return None if last == len(lengths) - 1 else float(lengths[last + 1])
+
+
+def _subjects(study: StudyConfig, methods: list[Method], root: Path, name: str, share: float) -> Subjects:
+    """The first seed's models, dense first: of each method the one that was measured."""
+    inputs = jobs.model_inputs(name, study.steps, study.seeds[0])
+    subjects: Subjects = {"dense": (ctxprune.retrofit(jobs.small(root, inputs), DenseConfig()), None)}
     for method in methods:
         point = store.folder_of(root, "study-point", jobs.point_inputs(inputs, method.name, share, study.rows))
         if store.finished(point):
             weights = load_file(point / "weights.safetensors")
-            given = cut(rows, method.shown(rows, share)) if method.shown else rows
-            subjects[method.name] = (restored(method, jobs.small(root, inputs), share, weights), method.around, given)
-    rounds: dict[str, list[dict[str, float]]] = {label: [] for label in subjects}
-    for turn in range(study.repeats + 1):  # the first is a warm-up
-        for label, (model, around, given) in subjects.items():
-            one = _once(model, given, around)
+            subjects[method.name] = (restored(method, jobs.small(root, inputs), share, weights), method)
+    return subjects
+
+
+def _rounds(subjects: Subjects, rows: TaskBatch, share: float, turns: int) -> dict[str, dict[str, float]]:
+    """Medians of so many turns, all methods in each."""
+    runs: dict[str, list[dict[str, float]]] = {label: [] for label in subjects}
+    for turn in range(turns + 1):  # the first is a warm-up
+        for label, (model, method) in subjects.items():
+            shown = method.shown if method else None
+            one = _once(model, cut(rows, shown(rows, share)) if shown else rows, method.around if method else None)
             if turn:
-                rounds[label].append(one)
-    beside = {key: statistics.median(one[key] for one in rounds["dense"]) for key in rounds["dense"][0]}
-    found = {}
-    for label, runs in rounds.items():
-        if label == "dense":
-            continue
-        middle = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
-        found[(name, label, share)] = {
-            "read_ms": middle["read_ms"],
-            "token_ms": middle["token_ms"],
-            "deciding_ms": middle["deciding_ms"],
-            "read_of_dense": middle["read_ms"] / beside["read_ms"],
-            "token_of_dense": middle["token_ms"] / beside["token_ms"],
-            "bytes_of_dense": middle["bytes"] / beside["bytes"],
-        }
-    return found
+                runs[label].append(one)
+    return {
+        label: {key: statistics.median(one[key] for one in several) for key in several[0]}
+        for label, several in runs.items()
+    }
+
+
+def _beside(one: dict[str, float], dense: dict[str, float]) -> dict[str, float | None]:
+    """What the table says of a method."""
+    return {
+        "read_ms": one["read_ms"],
+        "token_ms": one["token_ms"],
+        "deciding_ms": one["deciding_ms"],
+        "read_of_dense": one["read_ms"] / dense["read_ms"],
+        "token_of_dense": one["token_ms"] / dense["token_ms"],
+        "bytes_of_dense": one["bytes"] / dense["bytes"],
+    }
 
 
 @torch.no_grad()  # not inference mode: what is read there cannot be differentiated

@@ -25,13 +25,17 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("reading", ">7", lambda row: _times(row["read_of_dense"])),
     ("token", ">6", lambda row: _times(row["token_of_dense"])),
     ("deciding", ">8", lambda row: "" if row["deciding_ms"] is None else f"{row['deciding_ms']:.1f} ms"),
+    ("even from", ">9", lambda row: _tokens(row, "even_from")),
+    ("repaid", ">6", lambda row: _tokens(row, "repaid")),
 )
 NOTES = (
     "right: share of questions answered, mean over seeds (lowest to highest); kept: share of the context's keys alive "
     "when the questions begin, mean over layers; as dense: answers that are the dense model's; precision and recall of "
     "the kept tokens against those that are needed; r: correlation of kept with difficulty, where the budget follows "
     "the input; cache, reading, token: live bytes, time to read the contexts and per later token over those of dense, "
-    "16 rows, deciding included and beside it. strided keys, BigBird blocks: what such a pattern shows to the first "
+    "16 rows, deciding included and beside it; even from: tokens of context from which on a later token took no longer "
+    "than dense (up to 2,048, 4 rows, at the smallest share); repaid: later tokens after which reading 2,048 and "
+    "writing these took no longer than dense. strided keys, BigBird blocks: what such a pattern shows to the first "
     "question, the rest freed, which the papers do not. truncation: the rest is cut off before reading. Methods marked "
     "* have seen the questions when they decide."
 )
@@ -54,6 +58,7 @@ def rows(records: list[dict]) -> list[dict]:
             row[name] = _mean([r[name] for r in several])
         for name in ("bytes_of_dense", "read_of_dense", "token_of_dense", "deciding_ms"):
             row[name] = several[0].get(name)
+        row |= {name: several[0][name] for name in ("even_from", "repaid") if name in several[0]}
         found.append(row)
     return found
 
@@ -122,6 +127,13 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _tokens(row: dict, name: str) -> str:
+    """Nothing where nothing was measured, none where there is no such number."""
+    if name not in row:
+        return ""
+    return "none" if row[name] is None else f"{row[name]:,.0f}"
 
 
 def _times(value: float | None) -> str:

@@ -13,7 +13,7 @@ from ctxprune import UserError, tasks
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.scoring import pearson
 from pipelines import compose
-from pipelines.policy_study import jobs, plots, run, small_model, table
+from pipelines.policy_study import clock, jobs, plots, run, small_model, table
 from pipelines.policy_study.measure import measure
 from pipelines.policy_study.methods import METHODS, MISSED, named, retrofitted, settle
 
@@ -65,6 +65,22 @@ def test_the_table_and_plots_hold_every_method():
     assert set(drawn) == {"answers_vs_kept.png", "answers_vs_bytes.png", "answers_vs_time.png"}
     assert all(content.startswith(b"\x89PNG") for content in drawn.values())
     assert set(plots.files(MADE)) == {"answers_vs_kept.png"}
+
+
+def test_a_length_from_which_on_a_way_is_no_slower_is_said_or_that_there_is_none():
+    lengths = [96, 256, 1024]
+    assert clock.since(lengths, [False, False, False]) == 96
+    assert clock.since(lengths, [True, False, False]) == 256
+    assert clock.since(lengths, [False, True, False]) == 1024  # once below by chance is not from there on
+    assert clock.since(lengths, [False, False, True]) is None
+    page = table.markdown([record("H2O", 0.8, even_from=1024.0), record("SnapKV", 0.8, even_from=None, repaid=17.0)])
+    assert "| 1,024 |" in page and "| none | 17 |" in page
+    assert "| none |" not in table.markdown(MADE)
+
+
+def test_what_reading_lost_is_won_back_by_tokens_that_are_faster_or_never():
+    assert clock.repaid(lost=5.0, won=2.0) == 3 and clock.repaid(lost=-1.0, won=0.5) == 0
+    assert clock.repaid(lost=5.0, won=0.0) is None and clock.repaid(lost=-1.0, won=-0.5) is None
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +180,16 @@ def config_of(tmp_path, *words: str):
 def test_a_study_runs_through_ray_and_a_second_start_makes_nothing_again(tmp_path, capsys, monkeypatch):
     config, words = config_of(tmp_path, 'study.methods=[random,truncation,"future attention",oracle]')
     monkeypatch.setattr("pipelines.policy_study.methods.LESSONS", 3)
+    monkeypatch.setattr(clock, "LENGTHS", (64, 128))  # a context of 96 tokens has no use for the first
+    long: list[int] = []
+    was = clock._once
+    monkeypatch.setattr(clock, "_once", lambda model, rows, around: long.append(rows.end) or was(model, rows, around))
     assert run.main(config, words) == 0
     first = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["method"] for row in first] == ["random", "truncation", "future attention", "oracle"]
+    assert set(long) == {96, 128, 24, 32}  # a quarter of each is all that truncation reads
+    assert all(row["even_from"] in (96.0, 128.0, None) for row in first)
+    assert all(row["repaid"] is None or row["repaid"] >= 0 for row in first)
     assert all(abs(row["kept"] - 0.25) < 0.01 and row["token_of_dense"] > 0 for row in first)
     assert all(row["machine"] and row["versions"]["torch"] and row["against_dense_low"] <= 0 for row in first)
     assert {path.name for path in (tmp_path / "policies").iterdir()} >= {
