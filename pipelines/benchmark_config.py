@@ -11,7 +11,7 @@ class BenchmarkConfig:
     generation beside other engines."""
 
     target: str = "decoding"
-    """decoding or feedback (of checkpoint=FOLDER), kernels or generation."""
+    """decoding, feedback or gradients (of checkpoint=FOLDER), kernels or generation."""
     batch: int = 32
     """Sequences decoded together."""
     prompt: int = 128
@@ -32,6 +32,25 @@ class FeedbackConfig:
     """Drafts per round of the lossless mode; 0: as many as pay at the acceptance so far."""
     packed: bool = True
     """On a CPU, multiply by packed weights (ctxprune.pack), pruned and dense alike."""
+
+
+@dataclass
+class GradientsConfig:
+    """What benchmark target=gradients measures: of checkpoint=FOLDER on its held-out text, or of model.path=FOLDER on
+    that of data. benchmark.repeats rounds are timed."""
+
+    parts: list[str] = field(default_factory=lambda: ["worth", "cost"])
+    """worth (agreement with leaving single keys out) or cost (time beside a plain pass over the prompt)."""
+    queries: list[int] = field(default_factory=lambda: [1, 16])
+    """Last tokens whose predictions are differentiated."""
+    context: int = 128
+    """Keys ranked per window: each is left out once in every layer, which takes that many passes of the last tokens."""
+    windows: int = 16
+    """Windows of held-out text that are ranked."""
+    lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])
+    """Prompt tokens of the timing, the last ones included; those beyond the model's positions are left out."""
+    batch: int = 1
+    """Rows read together in the timing."""
 
 
 @dataclass

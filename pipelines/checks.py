@@ -32,11 +32,12 @@ def check(config: Config, *, trial: bool = True) -> None:
     _check_model(config, trial)
     _check_schedule(config)
     _check_engine(config)
+    _check_gradients(config)
     _check_kernels(config)
     _check_generation(config)
     _check_generate(config)
     if trial:
-        _check_data(config)
+        check_data(config)
         _check_pruning(config)
         _check_contexts(config)
 
@@ -102,7 +103,8 @@ def _check_model(config: Config, trial: bool) -> None:
         raise UserError(f"{sizes} gives heads of odd size: {model.family} needs an even size")
 
 
-def _check_data(config: Config) -> None:
+def check_data(config: Config) -> None:
+    """Raise UserError for text that is asked for without saying which."""
     data = config.data
     if data.source == "files":
         if not data.path:
@@ -161,6 +163,16 @@ def _check_contexts(config: Config) -> None:
         raise UserError(
             f"policy.sinks + policy.recent = {protected} protects the whole train.context={context}: lower them"
         )
+
+
+def _check_gradients(config: Config) -> None:
+    settings = config.gradients
+    for name in ("parts", "queries", "lengths"):
+        if not getattr(settings, name):
+            raise UserError(f"gradients.{name} is empty: list at least one")
+    most, shortest = max(settings.queries), min(settings.lengths)
+    if most >= shortest:
+        raise UserError(f"gradients.queries holds {most}, no fewer than gradients.lengths={shortest}: lower it")
 
 
 def _check_kernels(config: Config) -> None:

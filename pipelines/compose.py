@@ -251,7 +251,12 @@ def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | Non
 
 
 def _require_checkpoint(verb: str, config: Config) -> None:
+    checks.check_data(config)
     folder = config.generate.checkpoint
+    if verb == "benchmark" and config.benchmark.target == "gradients" and (config.model.path or "").strip():
+        if folder:
+            raise UserError("checkpoint and model.path are both set: which model? leave one of them out")
+        return
     if verb == "benchmark" and config.benchmark.target in ("kernels", "generation"):
         # A model is one of two things to measure there, and checkpoint=FOLDER is short for it.
         measured = config.kernels if config.benchmark.target == "kernels" else config.generation

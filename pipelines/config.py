@@ -9,7 +9,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.benchmark_config import BenchmarkConfig, FeedbackConfig, GenerationConfig, KernelsConfig
+from pipelines.benchmark_config import (
+    BenchmarkConfig,
+    FeedbackConfig,
+    GenerationConfig,
+    GradientsConfig,
+    KernelsConfig,
+)
 from pipelines.policy_study.config import StudyConfig
 
 
@@ -225,6 +231,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
