@@ -9,6 +9,7 @@ from string import Template
 
 from pipelines import table
 from pipelines.canvas import style
+from pipelines.losses import Verdict
 
 HEADLINE_SPARSITY = 0.8
 """The headline quotes the learned trial nearest to this share, so that the data never picks its own best point."""
@@ -122,13 +123,18 @@ def repeats(made: list[dict]) -> str:
     return "Trials differ in their seeds too: rows of the same rule and target show how much chance moves a number."
 
 
-def markdown(name: str, results: list[dict], made: list[dict], failures: list[dict], absent: list[str]) -> str:
+def markdown(
+    name: str, results: list[dict], made: list[dict], failures: list[dict], absent: list[str], verdict: Verdict
+) -> str:
     """The table as a Markdown document, with what it takes to read the numbers."""
     told = [table.escape_markdown(line) for line in (*headlines(made), *conditions(results), repeats(made))]
     told.append("Bold: the best of two or more rules with the same model, target and realised sparsity.")
     told += [table.escape_markdown(failure_line(failure)) for failure in failures]
     told += [table.escape_markdown(absent_line(absent))] if absent else []
-    return f"# {table.escape_markdown(name)}\n\n{table.markdown(made)}\n" + "".join(f"- {line}\n" for line in told)
+    lost = [table.escape_markdown(line) for line in (verdict.compared, *verdict.found)]
+    listed = "".join(f"- {line}\n" for line in told) + "\n## Where learned pruning does not win\n\n"
+    listed += "".join(f"- {line}\n" for line in lost)
+    return f"# {table.escape_markdown(name)}\n\n{table.markdown(made)}\n{listed}"
 
 
 def page(
@@ -138,26 +144,47 @@ def page(
     failures: list[dict],
     absent: list[str],
     images: dict[str, tuple[bytes, bytes]],
+    verdict: Verdict,
+    more: str = "",
 ) -> str:
-    """The whole page as a string; `images` maps a plot's name to its SVG on light and on dark paper.
+    """The whole page as a string; `images` maps a plot's name to its SVG on light and on dark paper, `more` is further
+    sections as HTML."""
+    lines = [failure_line(failure) for failure in failures] + ([absent_line(absent)] if absent else [])
+    sections = filled(
+        Path(__file__).with_name("sweep.html"),
+        table=_table(made),
+        compared=escape(verdict.compared),
+        losses=f"<ul>{items(verdict.found)}</ul>" if verdict.found else "",
+        plots="".join(figure(CAPTIONS[plot], *images[plot]) for plot in images),
+        layers=_layers(results),
+        conditions=items([*conditions(results), repeats(made)]),
+    )
+    state = f"{len(results)} of {len(results) + len(failures) + len(absent)} trials finished"
+    return frame(name, state, headlines(made), lines, sections + more)
+
+
+def frame(name: str, state: str, told: list[str], problems: list[str], sections: str) -> str:
+    """A page around its sections, which are HTML; the rest is text.
 
     Nothing is loaded from anywhere, nothing is run, and every piece of data is escaped.
     """
-    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    lines = [failure_line(failure) for failure in failures] + ([absent_line(absent)] if absent else [])
-    return template.substitute(
+    return filled(
+        Path(__file__).with_name("page.html"),
         name=escape(table.text(name)),
-        headlines="".join(f"<p>{escape(line)}</p>" for line in headlines(made)),
-        state=escape(f"{len(results)} of {len(results) + len(failures) + len(absent)} trials finished"),
-        problems=f'<ul class="problems">{_items(lines)}</ul>' if lines else "",
-        table=_table(made),
-        plots="".join(_figure(plot, *images[plot]) for plot in images),
-        layers=_layers(results),
-        conditions=_items([*conditions(results), repeats(made)]),
+        headlines="".join(f"<p>{escape(line)}</p>" for line in told),
+        state=escape(state),
+        problems=f'<ul class="problems">{items(problems)}</ul>' if problems else "",
+        main=sections,
     )
 
 
-def _items(lines: list[str]) -> str:
+def filled(template: Path, **parts: str) -> str:
+    """A template with every placeholder replaced by HTML."""
+    return Template(template.read_text(encoding="utf-8")).substitute(parts)
+
+
+def items(lines: list[str]) -> str:
+    """Lines of text as items of a list."""
     return "".join(f"<li>{escape(line)}</li>" for line in lines)
 
 
@@ -182,10 +209,11 @@ def _table(made: list[dict]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _figure(plot: str, light: bytes, dark: bytes) -> str:
+def figure(caption: str, light: bytes, dark: bytes) -> str:
+    """A plot as SVG, on light and on dark paper, with its caption."""
     # Images, not inline SVG: matplotlib's ids would clash between plots, and an image can have a dark twin.
     on_light, on_dark = (f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}" for image in (light, dark))
-    caption = escape(CAPTIONS[plot])
+    caption = escape(caption)
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{on_dark}">'
         f'<img src="{on_light}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>'

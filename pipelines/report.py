@@ -1,4 +1,7 @@
-"""How did the sweep go? Reads what its trials left behind and writes the table, the plots and the page."""
+"""How did the sweep go? Reads what its trials left behind and writes the table, the plots and the page.
+
+A folder may hold a study of policies (points.jsonl), instead of a sweep or beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from pathlib import Path
 from typing import TextIO
 
 from ctxprune.errors import UserError
-from pipelines import canvas, page, plots, table
+from pipelines import canvas, losses, page, plots, table
+from pipelines.policy_study import page as study
+from pipelines.policy_study import table as study_table
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,8 @@ def read_plan(folder: Path) -> dict:
         raise UserError(f"there is no sweep at {folder}: run the sweep first, or check sweep.name and runs")
     if not (folder / "plan.json").is_file():
         raise UserError(
-            f"{folder} has no plan.json: it is not a sweep's folder; run the sweep first, or check sweep.name"
+            f"{folder} has neither plan.json nor {study.POINTS}: it is not the folder of a sweep or a study; "
+            "run the sweep first, or check sweep.name"
         )
     plan = _read_object(folder / "plan.json")
     trials = plan.get("trials") if plan else None
@@ -71,19 +77,24 @@ def read_training(folder: Path) -> dict[str, list[dict]]:
 def report(folder: Path, *, json_lines: bool, out: TextIO | None = None) -> None:
     """Write `folder/report/` and print the table, or with `json_lines` one result object per line and nothing else.
 
-    `out` is standard output where not given. UserError (one line) if there is no sweep, no plan or no finished trial.
+    `out` is standard output where not given. UserError (one line) if there is no sweep, no plan or no finished trial,
+    and no study either.
     """
     out = sys.stdout if out is None else out
+    points = study.points(folder)
+    if points and not (folder / "plan.json").is_file():
+        _report_study(folder, points, json_lines, out)
+        return
     plan, results, failures, absent = read_plan(folder), read_results(folder), read_failures(folder), missing(folder)
     if not results:
         raise UserError(_nothing_finished(folder, failures, absent))
     name = str(plan.get("sweep") or folder.name)
-    made = table.rows(results)
+    made, curves = table.rows(results), read_training(folder)
+    verdict = losses.verdict(made, curves)
     drawn = {
         "perplexity_vs_sparsity": lambda ink: plots.perplexity_vs_sparsity(made, ink),
         "accuracy_vs_throughput": lambda ink: plots.accuracy_vs_throughput(made, ink),
     }
-    curves = read_training(folder)
     if plots.has_curves(made, curves):
         drawn["training"] = lambda ink: plots.training(made, curves, ink)
 
@@ -98,13 +109,45 @@ def report(folder: Path, *, json_lines: bool, out: TextIO | None = None) -> None
         if plot != "training":
             _write(target / f"{plot}.svg", light)
     _write(target / "table.csv", table.comma_separated(made).encode())
-    _write(target / "table.md", page.markdown(name, results, made, failures, absent).encode())
-    _write(target / "index.html", page.page(name, results, made, failures, absent, images).encode())
+    told = page.markdown(name, results, made, failures, absent, verdict)
+    more = ""
+    if points:
+        more = study.sections(points, _study_plots(target, points))
+        told += "\n" + study.markdown(points)
+    _write(target / "table.md", told.encode())
+    _write(target / "index.html", page.page(name, results, made, failures, absent, images, verdict, more).encode())
     if json_lines:
-        out.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-        log.info("report: %s", target / "index.html")
+        _json(results + points, target, out)
+        return
+    _print(made, failures, absent, target, out)
+    if points:
+        out.write(study_table.text(points) + "\n")
+
+
+def _report_study(folder: Path, points: list[dict], json_lines: bool, out: TextIO) -> None:
+    target = folder / "report"
+    target.mkdir(exist_ok=True)
+    images = _study_plots(target, points)
+    _write(target / "table.md", study.markdown(points).encode())
+    _write(target / "index.html", study.whole(folder.name, points, images).encode())
+    if json_lines:
+        _json(points, target, out)
     else:
-        _print(made, failures, absent, target, out)
+        out.write(f"{study_table.text(points)}\nreport: {target / 'index.html'}\n")
+
+
+def _study_plots(target: Path, points: list[dict]) -> dict[str, tuple[bytes, bytes]]:
+    """Written as PNG; returned as SVG on light and on dark paper."""
+    images = {}
+    for plot, (png, light, dark) in study.drawn(points).items():
+        _write(target / f"{plot}.png", png)
+        images[plot] = (light, dark)
+    return images
+
+
+def _json(records: list[dict], target: Path, out: TextIO) -> None:
+    out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    log.info("report: %s", target / "index.html")
 
 
 def _print(made: list[dict], failures: list[dict], absent: list[str], target: Path, out: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipelines.canvas import LIGHT, Ink, panels, render, swatch
@@ -21,16 +22,16 @@ AXES = {
 
 def files(records: list[dict]) -> dict[str, bytes]:
     """Name and content of each plot that has anything to show."""
-    made = rows(records)
-    found = {}
-    for name, (field, label) in AXES.items():
-        if any(row[field] is not None for row in made):
-            # Bound now: the loop goes on before the drawing is done.
-            def draw(ink: Ink, field: str = field, label: str = label) -> Figure:
-                return answers(made, field, label, ink)
+    return {name: render(draw, LIGHT, "png")[0] for name, draw in drawings(rows(records)).items()}
 
-            (found[name],) = render(draw, LIGHT, "png")
-    return found
+
+def drawings(made: list[dict]) -> dict[str, Callable[[Ink], Figure]]:
+    """Name of each plot that these rows have anything to show in, and what draws it."""
+
+    def drawing(field: str, label: str) -> Callable[[Ink], Figure]:
+        return lambda ink: answers(made, field, label, ink)
+
+    return {name: drawing(*axis) for name, axis in AXES.items() if any(row[axis[0]] is not None for row in made)}
 
 
 def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figure:

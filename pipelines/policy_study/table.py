@@ -86,13 +86,14 @@ def verdicts(made: list[dict]) -> list[str]:
     return lines
 
 
+def missed(row: dict) -> bool:
+    """Is this row's budget not what was asked for, by more than CLOSE of it?"""
+    return abs(row["kept"] / row["share"] - 1) > CLOSE
+
+
 def unfair(made: list[dict]) -> list[str]:
     """Rows whose budget is not what was asked for, more than CLOSE of it."""
-    return [
-        f"{row['task']} at {row['share']:g}: {row['method']} kept {row['kept']:.3f}"
-        for row in made
-        if abs(row["kept"] / row["share"] - 1) > CLOSE
-    ]
+    return [f"{row['task']} at {row['share']:g}: {row['method']} kept {row['kept']:.3f}" for row in made if missed(row)]
 
 
 def text(records: list[dict]) -> str:

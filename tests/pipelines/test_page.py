@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipelines import page, table
+from pipelines import losses, page, table
 from tests.results import result, whole
 
 VOID = {"meta", "img", "source"}
@@ -40,7 +40,8 @@ DENSE = result("d", policy="dense", target=None, perplexity=10.0)
 
 
 def written(results, failures=(), absent=(), name="demo"):
-    return page.page(name, results, table.rows(results), list(failures), list(absent), IMAGES)
+    made = table.rows(results)
+    return page.page(name, results, made, list(failures), list(absent), IMAGES, losses.verdict(made, {}))
 
 
 def headline(*results):
@@ -131,6 +132,23 @@ def test_failures_and_missing_trials_stand_above_the_results():
     assert "1 of 4 trials finished" in text
     assert text.index("w failed at step 7: killed (signal 9) (log: w/log.txt)") < text.index("What was measured")
     assert "2 of the planned trials have not finished: x, y" in text
+
+
+def test_what_was_lost_stands_in_a_section_of_its_own_on_the_page_and_in_its_twin():
+    results = [DENSE, result("l", perplexity=12.0), result("w", policy="window", perplexity=10.8)]
+    made = table.rows(results)
+    verdict = losses.verdict(made, {})
+    text, twin = Reader(written(results)).text, page.markdown("demo", results, made, [], [], verdict)
+    assert len(verdict.found) == 1 and "11.1% worse than window" in verdict.found[0]
+    for said in (text, twin):
+        assert said.index("Where learned pruning does not win") < said.index(verdict.compared)
+        assert said.index(verdict.compared) < said.index(verdict.found[0])
+
+
+def test_a_page_without_losses_says_what_was_compared():
+    html = written([DENSE, result("l", perplexity=10.0), result("w", policy="window", perplexity=10.8)])
+    assert "Learned pruning lost none of these comparisons." in Reader(html).text
+    assert "worse than window" not in html and "<ul></ul>" not in html
 
 
 def test_layers_are_bars_of_their_sparsity_and_dense_has_none():

@@ -84,6 +84,27 @@ def test_every_file_is_written_whole_and_a_second_report_replaces_it_byte_for_by
     assert contents[0] == contents[1]
 
 
+def test_slower_training_of_a_learned_trial_reaches_the_page(sweep, undrawn):
+    for trial, speed in (("l8", 50.0), ("d", 100.0)):
+        with (sweep / trial / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps({"kind": "train", "step": 9, "loss": 1.0, "tokens_per_second": speed}) + "\n")
+    report(sweep, json_lines=True, out=io.StringIO())
+    for name in ("index.html", "table.md"):
+        said = (sweep / "report" / name).read_text()
+        assert "learned trains at 0.50x the speed of dense (50.00 against 100.00 tokens/s)" in said
+
+
+def test_a_study_in_the_folder_of_a_sweep_is_shown_on_the_same_page(sweep, undrawn):
+    point = {"task": "recall", "share": 0.25, "method": "agent", "decides": "reward", "adaptive": True, "aware": False}
+    (sweep / "points.jsonl").write_text(json.dumps(point | {"right": 0.9, "kept": 0.3}) + "\n")
+    out = io.StringIO()
+    report(sweep, json_lines=False, out=out)
+    html = (sweep / "report" / "index.html").read_text()
+    assert html.index("Where learned pruning does not win") < html.index("Ways to prune at equal budgets")
+    assert "agent missed its budget: it kept 0.300 of the keys, 20.0% more than asked." in html
+    assert "1.025x" in out.getvalue() and "recall, 0.25 of the context" in out.getvalue()
+
+
 def test_the_terminal_shows_the_table_the_failure_and_what_is_missing(sweep, undrawn):
     out = io.StringIO()
     report(sweep, json_lines=False, out=out)

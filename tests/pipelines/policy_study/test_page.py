@@ -1,0 +1,112 @@
+"""Does a report show a study of policies, its losers first of all?"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from ctxprune.errors import UserError
+from pipelines.policy_study import losses, page, table
+from pipelines.report import report
+from tests.pipelines.test_page import Reader
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def record(method: str, decides: str, right: float, seed: int = 0, **more) -> dict:
+    base = {"task": "recall", "share": 0.25, "method": method, "decides": decides, "seed": seed}
+    base |= {"adaptive": False, "aware": False, "right": right, "kept": 0.25}
+    return dict.fromkeys(page.UNKNOWN) | base | more
+
+
+def several(method: str, decides: str, rights, **more) -> list[dict]:
+    return [record(method, decides, right, seed, **more) for seed, right in enumerate(rights)]
+
+
+WINS = [*several("H2O", "attention", (0.8, 0.9)), *several("agent", "reward", (0.95, 0.97))]
+PLANTED = [
+    (
+        several("LTP", "taught", (0.5, 0.6)),
+        "recall at 0.25: LTP (0.550, 0.500 to 0.600 in 2 seeds) does not beat H2O (0.850, 0.800 to 0.900 in 2 seeds), "
+        "the best without learning: every seed is below.",
+    ),
+    (
+        several("LTP", "taught", (0.9, 0.99)),
+        "recall at 0.25: LTP (0.945, 0.900 to 0.990 in 2 seeds) does not beat H2O (0.850, 0.800 to 0.900 in 2 seeds), "
+        "the best without learning: the seeds overlap.",
+    ),
+    (
+        several("LTP", "taught", (0.99, 0.99), kept=0.26),
+        "recall at 0.25: LTP missed its budget: it kept 0.260 of the keys, 4.0% more than asked.",
+    ),
+    (
+        several("LTP", "taught", (0.99, 0.99), read_of_dense=1.2, token_of_dense=1.05),
+        "recall at 0.25: LTP reads the context in 1.20x the time of dense and decodes a token in 1.05x the time of "
+        "dense.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("more", "sentence"), PLANTED, ids=["below", "overlap", "budget", "slow"])
+def test_a_planted_loss_is_one_sentence(more, sentence):
+    assert losses.losers(table.rows(WINS + more)) == [sentence]
+    assert "lost none" not in losses.compared(table.rows(WINS + more))
+
+
+def test_a_planted_win_is_not_a_loss_and_what_was_compared_is_said():
+    made = table.rows([*WINS, *several("oracle", "control", (1.0, 1.0), aware=True)])
+    assert losses.losers(made) == []
+    assert losses.compared(made) == (
+        "1 learned and 2 other results were compared, over at least 2 seeds; of the learned ones 0 were timed. "
+        "Learning lost none of these comparisons."
+    )
+
+
+def written(folder: Path, records: list[dict]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / page.POINTS).write_text("".join(json.dumps(one) + "\n" for one in records))
+    return folder
+
+
+def test_a_folder_with_points_becomes_a_page_with_table_plot_and_losers(tmp_path):
+    evil = "<script>x</script>"
+    folder = written(tmp_path / "policies", [*WINS, *PLANTED[0][0], *several(evil, "taught", (0.1, 0.1))])
+    out = io.StringIO()
+    report(folder, json_lines=False, out=out)
+    made = {path.name for path in (folder / "report").iterdir()}
+    assert made == {"answers_vs_kept.png", "table.md", "index.html"}
+    html = (folder / "report" / "index.html").read_text()
+    reader = Reader(html)
+    assert reader.open == [] and "$" not in reader.text and "script" not in reader.tags and evil in reader.text
+    assert PLANTED[0][1] in reader.text and html.count("<tr>") == 5
+    assert reader.tags.count("img") == 1 and html.count("data:image/svg+xml") == 2
+    assert "learned best is agent (0.960)" in reader.text
+    assert PLANTED[0][1] in (folder / "report" / "table.md").read_text()
+    assert "learned best is agent" in out.getvalue() and "index.html" in out.getvalue()
+
+
+def test_json_lines_are_the_points(tmp_path):
+    folder, out = written(tmp_path / "policies", WINS), io.StringIO()
+    report(folder, json_lines=True, out=out)
+    assert [json.loads(line) for line in out.getvalue().splitlines()] == WINS
+
+
+def test_the_study_that_comes_with_the_repository_can_be_shown():
+    records = page.points(ROOT / "results" / "policies")
+    text = Reader(page.whole("policies", records, {})).text
+    assert f"{len(records)} points, 3 seeds" in text
+    for line in table.unfair(table.rows(records)):
+        assert line.split(" kept ")[0] + " missed its budget" in text
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", '{"task": "recall"}', json.dumps(record("x", "taught", 0.5) | {"share": 0})]
+)
+def test_a_file_that_holds_no_study_is_refused_in_one_line(tmp_path, line):
+    (tmp_path / page.POINTS).write_text(line and line + "\n")
+    with pytest.raises(UserError, match=r"points\.jsonl.* run the study again") as caught:
+        report(tmp_path, json_lines=False, out=io.StringIO())
+    assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
