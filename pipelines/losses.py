@@ -153,7 +153,7 @@ def _cache(ours: Arm, least: Arm) -> str | None:
     if mine <= its:
         return None
     held = f"{ours.place()}: {ours.told()} holds {mine:.3f} of the dense cache"
-    return f"{held}, {least.told()} holds {its:.3f} at no worse quality."
+    return f"{held}, {least.told()} holds {its:.3f} at equal or better quality."
 
 
 def _decoding(ours: Arm) -> str | None:

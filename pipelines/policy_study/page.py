@@ -10,11 +10,12 @@ from pathlib import Path
 from ctxprune.errors import UserError
 from pipelines import canvas, page
 from pipelines.policy_study import losses, plots, table
-from pipelines.table import escape_markdown
+from pipelines.table import escape_markdown, number
 
 POINTS = "points.jsonl"
-UNKNOWN = ("agreement", "precision", "recall", "kept_and_difficulty", "read_of_dense", "token_of_dense", "deciding_ms")
-"""What a point need not know."""
+UNKNOWN = ("agreement", "precision", "recall", "kept_and_difficulty", "seed")
+UNKNOWN += ("bytes_of_dense", "read_of_dense", "token_of_dense", "deciding_ms")
+"""Numbers that a point need not have."""
 
 
 def points(folder: Path) -> list[dict]:
@@ -31,21 +32,18 @@ def points(folder: Path) -> list[dict]:
             point = None
         if not _is_point(point):
             raise UserError(f"{path}: line {place} is not a point of a study; run the study again to write it anew")
-        found.append(dict.fromkeys(UNKNOWN) | point)
+        found.append(point | {name: number(point, name) for name in UNKNOWN})
     if not found:
         raise UserError(f"{path} is empty: run the study again, it goes on where it stopped")
     return found
 
 
 def _is_point(point: object) -> bool:
-    def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
     if not isinstance(point, dict) or not all(isinstance(point.get(k), str) for k in ("task", "method", "decides")):
         return False
     if not all(isinstance(point.get(name), bool) for name in ("aware", "adaptive")):
         return False
-    return all(number(point.get(name)) for name in ("share", "right", "kept")) and point["share"] > 0
+    return None not in [number(point, name) for name in ("share", "right", "kept")] and point["share"] > 0
 
 
 def headlines(records: list[dict]) -> list[str]:

@@ -69,7 +69,7 @@ PLANTED = [
     (
         {"perplexity": 10.96},
         "tiny at 80%: learned (perplexity 10.96, 80.0% dropped) holds 0.200 of the dense cache, window (perplexity "
-        "11.00, 80.0% dropped) holds 0.175 at no worse quality.",
+        "11.00, 80.0% dropped) holds 0.175 at equal or better quality.",
     ),
 ]
 

@@ -94,6 +94,13 @@ def test_json_lines_are_the_points(tmp_path):
     assert [json.loads(line) for line in out.getvalue().splitlines()] == WINS
 
 
+def test_numbers_that_are_not_there_or_none_are_left_blank(tmp_path):
+    odd = {"read_of_dense": "fast", "seed": [1], "bytes_of_dense": None}
+    (point,) = page.points(written(tmp_path, [{k: v for k, v in WINS[0].items() if k != "recall"} | odd]))
+    assert point == WINS[0] | dict.fromkeys((*odd, "recall"))
+    assert "H2O" in page.whole("x", [point], {})
+
+
 def test_the_study_that_comes_with_the_repository_can_be_shown():
     records = page.points(ROOT / "results" / "policies")
     text = Reader(page.whole("policies", records, {})).text
@@ -102,9 +109,12 @@ def test_the_study_that_comes_with_the_repository_can_be_shown():
         assert line.split(" kept ")[0] + " missed its budget" in text
 
 
-@pytest.mark.parametrize(
-    "line", ["", "{", "[]", '{"task": "recall"}', json.dumps(record("x", "taught", 0.5) | {"share": 0})]
-)
+WHOLE = record("x", "taught", 0.5)
+WRONG = {"share": 0, "right": None, "kept": float("nan"), "aware": 1, "task": 3}
+BROKEN = ["", "{", "[]", *(json.dumps(WHOLE | {name: value}) for name, value in WRONG.items())]
+
+
+@pytest.mark.parametrize("line", BROKEN)
 def test_a_file_that_holds_no_study_is_refused_in_one_line(tmp_path, line):
     (tmp_path / page.POINTS).write_text(line and line + "\n")
     with pytest.raises(UserError, match=r"points\.jsonl.* run the study again") as caught:
