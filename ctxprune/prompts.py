@@ -42,5 +42,5 @@ def page_bytes(model, page: int) -> int:
     if ranking is not None:
         # A page is of one row, and where heads decide apart each of them is a row.
         rows = kv_heads if ranking.config.apart else 1
-        marks = 2 * max(4, size) if ranking.scorer.marks else 0
+        marks = 2 * max(4, size) if ranking.marks else 0
     return rows * page * ((2 * kv_heads // rows * width + rank) * size + marks + 3 * 4)

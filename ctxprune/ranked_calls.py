@@ -15,7 +15,7 @@ from ctxprune.cache import SPARE, PrunedCache
 from ctxprune.errors import UserError
 from ctxprune.policies.rule import Ranking
 from ctxprune.policies.scorer import Arrivals
-from ctxprune.ranking import Table, at_prompt_end, by_step
+from ctxprune.ranking import Table, at_prompt_end, by_step, on_arrival
 from ctxprune.watched_layer import Known, WatchedLayer, precision
 from kernels.decode.pages import NEVER
 
@@ -71,7 +71,9 @@ class Ranked:
         start = time.perf_counter()
         table = self._table(query, key, value, scale, layer, known)
         rows_prompt = None if self.prompt is None else self.prompt.repeat_interleave(table.heads)
-        if self.ranking.config.when == "step":
+        if self.ranking.on_arrival:
+            drop = on_arrival(self.ranking, table)
+        elif self.ranking.config.when == "step":
             drop = by_step(self.ranking, table, rows_prompt)
         else:
             assert rows_prompt is not None
@@ -132,7 +134,8 @@ class CachedRanked(Ranked):
             drop = _rows(self.end, heads)
         else:
             before = torch.where(step >= 0, step, NEVER).amin(1)
-            known = None if first else layer.known(torch.minimum(before, length) - 1, scorer)
+            # Nothing is asked of older keys where each is decided when it comes.
+            known = None if first or self.ranking.on_arrival else layer.known(torch.minimum(before, length) - 1, scorer)
             drop, table = self.decide(query, key, value, scale, layer, known)
             if known is not None:
                 layer.write(known, drop[:, : table.stored], table.received[:, : table.stored])
@@ -164,7 +167,7 @@ class CachedRanked(Ranked):
             batch * heads, kv_heads=kv_heads // heads, width=width, rank=None, page=self.cache.page,
             dtype=key.dtype, device=key.device,
         )  # fmt: skip
-        layer.watch(self.ranking.scorer, query.shape[1] // heads)
+        layer.watch(self.ranking.scorer, query.shape[1] // heads, marks=self.ranking.marks)
         self.cache.hold(layer)
         return layer
 

@@ -113,6 +113,17 @@ def by_step(ranking: Ranking, table: Table, prompt: Int[Tensor, " rows"] | None)
     return drop
 
 
+def on_arrival(ranking: Ranking, table: Table) -> Int[Tensor, "rows keys"]:
+    """Drop times where a key's own score decides when it comes: below the threshold it goes once `recent` later tokens
+    have seen it (delayed eviction, DMS, arXiv 2506.05345, section 3.2). Stored keys keep theirs."""
+    config, stored = ranking.config, table.stored
+    assert config.budget.threshold is not None
+    goes = (table.clock >= 0) & ~table.protected[:, stored:] & (table.own[:, stored:] < config.budget.threshold)
+    end = table.end[:, stored:]
+    late = torch.minimum(end, (table.clock + 1 + config.recent).to(end.dtype))
+    return torch.cat([table.end[:, :stored], torch.where(goes, late, end)], 1)
+
+
 def _most(ranking: Ranking, length: Tensor, prompt: Tensor | None) -> Tensor:
     """Keys a row may hold when it has seen `length` tokens."""
     config = ranking.config

@@ -34,7 +34,8 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     places = list(_attention_layers(model))
     _refuse_unsupported(model, places)
     # All rules first: a policy that does not fit must leave the model as it was.
-    rules = config.rules(len(places), model.config.hidden_size)
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    rules = config.rules(len(places), model.config.hidden_size, kv_heads)
     attention.register()
     model.set_attn_implementation(attention.NAME)
     state = PruningState(config, len(places))

@@ -41,10 +41,10 @@ class WatchedLayer(LayerCache):
     queries: Tensor | None = None
     query_position: Tensor | None = None
 
-    def watch(self, scorer: Scorer, heads: int) -> None:
-        """Begin to remember what this scorer looks at; heads: query heads per row."""
+    def watch(self, scorer: Scorer, heads: int, *, marks: bool) -> None:
+        """Begin to remember what this scorer looks at; heads: query heads per row; marks: two numbers of each key."""
         keys = self.pages.keys
-        if scorer.marks:
+        if marks:
             self.marks = torch.zeros(*self.pages.position.shape, 2, dtype=precision(keys), device=keys.device)
         self.queries = keys.new_zeros(self.rows, heads, scorer.window, keys.shape[-1])
         self.query_position = torch.full((self.rows, scorer.window), -1, device=keys.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ctxprune.errors import UserError
 from pipelines.config import Config
-from pipelines.ranges import RANGES, RANKED, WORDS
+from pipelines.ranges import RANGES, RANKED, TAUGHT, WORDS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -57,7 +57,9 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"{name} holds bytes that are not UTF-8: give it as UTF-8 text")
     for word in value if isinstance(value, list) else [value]:
         if name in WORDS and word not in WORDS[name]:
-            raise UserError(f"{name}={word}: choose one of {', '.join(WORDS[name])}")
+            taught = name == "pruning.policy" and word in TAUGHT
+            why = " is trained on a task, by `sweep experiment=policies` alone" if taught else ""
+            raise UserError(f"{name}={word}{why}: choose one of {', '.join(WORDS[name])}")
     if name in RANGES:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not _inside(number, RANGES[name]):

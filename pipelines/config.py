@@ -65,7 +65,8 @@ class PruningConfig:
 
     policy: str = "learned"
     """dense, learned, window or strided; or a ranking of keys at every step: random, strided_keys, bigbird, frequency,
-    key_norm, keydiff, h2o, tova or snapkv."""
+    key_norm, keydiff, h2o, tova or snapkv. What a task teaches (future, distilled, agent, ltp, dms) is trained by
+    experiment=policies alone."""
     sparsity: float | None = None
     """Target share of the context dropped, in (0, 1): reached by a controller (learned) or solved for (others)."""
     gamma: float | None = None

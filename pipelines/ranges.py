@@ -93,6 +93,8 @@ RANGES = {
 
 RANKED = ("random", "strided_keys", "bigbird", "frequency", "key_norm", "keydiff", "h2o", "tova", "snapkv")
 """Policies that rank keys at every step, by their names in ctxprune.policies (recency is the window)."""
+TAUGHT = ("future", "distilled", "agent", "ltp", "dms")
+"""Policies that a task teaches, by their names there: for the study of policies, not for a trial on text."""
 WORDS = {
     "model.family": ("llama", "gpt2", "qwen3", "mistral", "gpt_neox"),
     "data.source": ("stdlib", "files", "hub"),

@@ -1,8 +1,8 @@
 """Which rules say what context stays? One file each; all of them are drop times.
 
-A policy is a small config dataclass. `config.rules(layers, width)` gives one Rule (ctxprune.policies.rule) per layer of
-a model of that hidden width: a learned gate, a lifetime by position, or a ranking of keys. Protected tokens (`sinks`,
-`recent`) are the same for every policy and handled once.
+A policy is a small config dataclass. `config.rules(layers, width, kv_heads)` gives one Rule (ctxprune.policies.rule)
+for each layer of a model of that hidden width and so many KV heads: a learned gate, a lifetime by position, or a
+ranking of keys. Protected tokens (`sinks`, `recent`) are the same for every policy and handled once.
 
 A new way to rank keys is a file with a RankedConfig and its Scorer, one number per key, named in HEURISTIC or TAUGHT
 below. Budgets, heads that decide apart, packed documents, padding, chunks and the cache then come along, and the tests
@@ -18,6 +18,7 @@ from ctxprune.errors import UserError
 from ctxprune.policies.bigbird import BigBirdConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.policies.dense import DenseConfig
+from ctxprune.policies.dms import DMSConfig
 from ctxprune.policies.frequency import FrequencyConfig
 from ctxprune.policies.given import GivenConfig
 from ctxprune.policies.h2o import H2OConfig
@@ -49,7 +50,7 @@ HEURISTIC = (
     TovaConfig,
     SnapKVConfig,
 )
-TAUGHT = (FutureConfig, DistilledConfig, AgentConfig, LTPConfig)
+TAUGHT = (FutureConfig, DistilledConfig, AgentConfig, LTPConfig, DMSConfig)
 POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *HEURISTIC, *TAUGHT, GivenConfig)}
 
 

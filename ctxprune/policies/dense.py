@@ -16,6 +16,6 @@ class DenseConfig:
     sinks: int = 0
     recent: int = 0
 
-    def rules(self, layers: int, width: int) -> list[Rule]:
+    def rules(self, layers: int, width: int, kv_heads: int) -> list[Rule]:
         """One rule per layer; see ctxprune.policies."""
         return [Rule() for _ in range(layers)]

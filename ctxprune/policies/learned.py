@@ -31,6 +31,6 @@ class GateConfig:
         if self.rank < 1:
             raise UserError(f"rank is {self.rank}: give at least 1")
 
-    def rules(self, layers: int, width: int) -> list[Rule]:
+    def rules(self, layers: int, width: int, kv_heads: int) -> list[Rule]:
         """One gate per layer, freshly initialised; see ctxprune.policies."""
         return [Rule(InteractionGate(width, self.rank, self.beta)) for _ in range(layers)]

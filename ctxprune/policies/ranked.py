@@ -21,7 +21,7 @@ class RankedConfig(ABC):
     """How many keys stay."""
     when: str = "prompt"
     """prompt: once, at the end of the prompt, and what is written after it stays; step: before every token, so that the
-    budget is never exceeded."""
+    budget is never exceeded (or, with a threshold, when a key comes: it goes once `recent` later tokens are there)."""
     apart: bool = False
     """Whether each KV head decides for itself; otherwise a token stays or goes for all heads of a layer."""
     keep_prompt: bool = False
@@ -41,11 +41,14 @@ class RankedConfig(ABC):
             raise UserError(
                 f"{name}: budget head_floor is for heads that decide apart at a prompt's end: set apart=true"
             )
-        if self.when == "step" and not budget.counted:
-            raise UserError(f"{name}: a budget of mass or threshold is for when=prompt; give tokens or share")
+        if self.when == "step" and not budget.counted and (budget.mass is not None or not self.scorer(0, 1).at_once):
+            raise UserError(
+                f"{name}: a budget of mass, or a threshold on scores that change, is for when=prompt; give tokens or "
+                "share"
+            )
         if self.when == "step" and self.scorer(0, 1).whole_prompt:
             raise UserError(f"{name} ranks a whole prompt at once: give when=prompt")
-        if self.keep_prompt and (self.when == "prompt" or budget.tokens is not None):
+        if self.keep_prompt and (self.when == "prompt" or budget.share is None):
             raise UserError(f"{name}: keep_prompt drops what is written later: give when=step and a budget of share")
         if budget.tokens is not None and budget.tokens <= self.sinks + self.recent:
             raise UserError(
@@ -57,6 +60,6 @@ class RankedConfig(ABC):
     def scorer(self, layer: int, width: int) -> Scorer:
         """The scorer of one layer of a model of this hidden width."""
 
-    def rules(self, layers: int, width: int) -> list[Rule]:
+    def rules(self, layers: int, width: int, kv_heads: int) -> list[Rule]:
         """One scorer per layer; see ctxprune.policies."""
         return [Rule(ranking=Ranking(self.scorer(layer, width), self, layer, layers)) for layer in range(layers)]

@@ -40,6 +40,16 @@ class Ranking(nn.Module):
         super().__init__()
         self.scorer, self.config, self.layer, self.layers = scorer, config, layer, layers
 
+    @property
+    def on_arrival(self) -> bool:
+        """Whether a key's fate is decided when it comes, whatever comes later."""
+        return self.config.when == "step" and not self.config.budget.counted
+
+    @property
+    def marks(self) -> bool:
+        """Whether two numbers must be kept beside each key: not where it is never asked about again."""
+        return self.scorer.marks and not self.on_arrival
+
 
 class Rule(nn.Module):
     """One layer's rule; as it stands it drops nothing.

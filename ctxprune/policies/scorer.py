@@ -83,8 +83,13 @@ class Scorer(nn.Module):
 
     @property
     def marks(self) -> bool:
-        """Whether two numbers must be kept beside each key."""
+        """Whether two numbers must be kept beside each key that may be ranked again."""
         return self.accumulates or type(self).own is not Scorer.own
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the score of a key is said when it comes, and stays."""
+        return type(self).score is Scorer.score
 
     def own(self, new: Arrivals) -> Float[Tensor, "batch *kv_heads n"] | None:
         """What each new key is worth by itself; None: 0."""

@@ -35,7 +35,7 @@ class StridedConfig:
         if not self.blocks or min(self.blocks) < 1 or len(self.blocks) != len(self.every) or min(self.every) < 1:
             raise UserError(f"strided has blocks {self.blocks}, every {self.every}: give two equally long lists, >= 1")
 
-    def rules(self, layers: int, width: int) -> list[Rule]:
+    def rules(self, layers: int, width: int, kv_heads: int) -> list[Rule]:
         """One block length per layer; see ctxprune.policies."""
         if layers != len(self.blocks):
             raise UserError(f"strided has {len(self.blocks)} blocks, the model {layers} layers: give one per layer")

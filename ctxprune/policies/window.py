@@ -29,7 +29,7 @@ class WindowConfig:
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"window widths are {self.widths}: give one number of at least 1 per layer")
 
-    def rules(self, layers: int, width: int) -> list[Rule]:
+    def rules(self, layers: int, width: int, kv_heads: int) -> list[Rule]:
         """One width per layer; see ctxprune.policies."""
         if layers != len(self.widths):
             raise UserError(f"window has {len(self.widths)} widths, the model {layers} layers: give one per layer")

@@ -16,10 +16,13 @@ from ctxprune.errors import UserError
 from ctxprune.given_scores import given
 from ctxprune.policies import PolicyConfig
 from ctxprune.policies.budget import Budget
+from ctxprune.policies.dms import DMSScorer
+from ctxprune.policies.rule import Rule
 from ctxprune.replay import Context, read
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks import Task
 from ctxprune.tasks.task import TaskBatch
+from ctxprune.teachers.dms import DMSTraining, learn_to_evict
 from ctxprune.teachers.edge_gradient import edge_gradients
 from ctxprune.teachers.fit import fit
 from ctxprune.teachers.future_attention import future_attention
@@ -44,6 +47,8 @@ MISSED = 0.002
 """Part of the budget that a threshold may leave unused on its rows."""
 AT_FIRST = 7.0
 """Offset of the gates before training: at 7 a key outlives a context of a hundred tokens."""
+DELAY = 4
+"""Later tokens that see a key which DMS evicts: a fact and the token behind it, of a context of a hundred tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ def restored(method: Method, model, share: float, weights: dict[str, Tensor]):
     model = ctxprune.retrofit(model, method.policy(share))
     model.load_state_dict(weights)
     for wrapper in wrappers(model):
-        if method.adaptive and wrapper.rule.ranking is not None:
-            wrapper.rule.ranking.config = replace(wrapper.rule.ranking.config, budget=Budget(share=share))
+        ranking = wrapper.rule.ranking
+        if method.adaptive and ranking is not None and not ranking.on_arrival:
+            ranking.config = replace(ranking.config, budget=Budget(share=share))
     return model.eval()
 
 
@@ -140,6 +146,14 @@ def _fine_tuned_gates(model, task: Task, share: float, seed: int) -> None:
     fine_tune(model, task, FineTuning(sparsity=1.0 - share, seed=seed))
 
 
+def _evicting(share: float) -> PolicyConfig:
+    return policies.DMSConfig(sinks=SINKS, recent=DELAY)
+
+
+def _learned_eviction(model, task: Task, share: float, seed: int) -> None:
+    learn_to_evict(model, task, DMSTraining(target=share, seed=seed))
+
+
 def _fine_tuned(model, task: Task, share: float, seed: int) -> None:
     fine_tune(model, task, FineTuning(seed=seed))
 
@@ -171,17 +185,21 @@ def _truncated(batch: TaskBatch, share: float) -> Tensor:
 def settle(model, task: Task, share: float) -> None:
     """Set one threshold for all layers, on validation rows, so that this share of the context is kept on average: at
     most MISSED of it less, never more. Where scores are tied no one threshold does (in the first layer they depend on
-    the token alone, and go in groups): then the last layer takes a threshold of its own, as far as that goes."""
+    the token alone, and go in groups): then the last layer takes a threshold of its own, as far as that goes.
+
+    Where it is a parameter already, the offset of gates and of what decides when a key comes, it stays among the
+    model's weights.
+    """
     rules = [wrapper.rule for wrapper in wrappers(model)]
-    start = [0.0 if rule.gate is None else rule.gate.beta.item() for rule in rules]
+    start = [None if _offset(rule) is None else _offset(rule).detach().double().clone() for rule in rules]
 
     def kept(threshold: float, first: int) -> float:
-        for rule, beta in list(zip(rules, start, strict=True))[first:]:
-            if rule.ranking is not None:
-                rule.ranking.config = replace(rule.ranking.config, budget=Budget(threshold=threshold))
-            if rule.gate is not None:
+        for rule, at in list(zip(rules, start, strict=True))[first:]:
+            if at is not None:
                 with torch.no_grad():
-                    rule.gate.beta.fill_(beta - threshold)
+                    _offset(rule).copy_(at - threshold)
+            elif rule.ranking is not None:
+                rule.ranking.config = replace(rule.ranking.config, budget=Budget(threshold=threshold))
         return measure(model, task, THRESHOLD_ROWS, split="validation").kept.mean().item()
 
     model.eval()
@@ -189,6 +207,15 @@ def settle(model, task: Task, share: float) -> None:
     for first, halvings in ((0, 18), (len(rules) - 1, 30)):
         if _bisected(lambda threshold, first=first: kept(threshold, first), share, halvings):
             return
+
+
+def _offset(rule: Rule) -> Tensor | None:
+    """What lies between keeping and dropping, where that is a parameter."""
+    if rule.gate is not None:
+        return rule.gate.beta
+    if rule.ranking is not None and isinstance(rule.ranking.scorer, DMSScorer):
+        return rule.ranking.scorer.keep.bias
+    return None
 
 
 def _bisected(kept: Callable[[float], float], share: float, halvings: int) -> bool:
@@ -234,6 +261,7 @@ METHODS = (
     Method("agent", "reward", _by_threshold("agent"), _by_reward, adaptive=True),
     Method("agent, no features", "control", _by_threshold("agent", blind=True), _by_reward, adaptive=True),
     Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True),
+    Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
     Method("oracle", "control", _ranked("given"), around=_truth, aware=True),
 )

@@ -54,6 +54,7 @@ def variants() -> dict[str, object]:
             continue
         ways = {(when, how): settings for when in ("step", "prompt") for how, settings in BUDGETS.items()}
         ways |= {("prompt", how): settings for how, settings in AT_THE_END.items()}
+        ways[("step", "threshold")] = AT_THE_END["threshold"]
         for (when, how), settings in ways.items():
             try:
                 found[f"{name}, {when}, {how}"] = config(when=when, sinks=2, recent=3, **settings)
@@ -76,9 +77,11 @@ def model_of(name: str, family: str = "llama"):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for wrapper in wrappers(model):
-            if wrapper.rule.gate is not None:
-                for linear in (wrapper.rule.gate.query, wrapper.rule.gate.key):
-                    linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.3)
+            # What is learned keeps everything at first: so that it drops some.
+            for linear in (module for module in wrapper.rule.modules() if isinstance(module, torch.nn.Linear)):
+                linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.3)
+                if linear.bias is not None:
+                    linear.bias.zero_()
     return model
 
 
@@ -226,7 +229,7 @@ def test_the_budget_is_met_exactly(name):
     heads = 2 if config.apart else 1
     column = torch.arange(N)
     for layer in range(LAYERS):
-        if config.when == "step" and not config.keep_prompt:
+        if config.when == "step" and config.budget.counted and not config.keep_prompt:
             most = config.budget.count(torch.arange(1, N + 1), layer, LAYERS)
             least = 1 if config.budget.tokens else config.sinks + config.recent + 1
             live = ((column <= column[:, None]) & (times[layer][:, None] > column[:, None])).sum(-1)

@@ -21,6 +21,7 @@ POLICIES = {
     "with statistics": H2OConfig(Budget(share=0.4), when="step", sinks=2, recent=3),
     "at the prompt's end": SnapKVConfig(Budget(share=0.4), sinks=2, recent=3, window=8),
     "head by head": H2OConfig(Budget(share=0.4, head_floor=0.2), apart=True, sinks=2, recent=3),
+    "when a key comes": RandomConfig(Budget(threshold=0.3), when="step", apart=True, sinks=2, recent=3),
     "written keys only": RandomConfig(Budget(share=0.5), when="step", keep_prompt=True, sinks=2, recent=3),
 }
 each = pytest.mark.parametrize("config", POLICIES.values(), ids=POLICIES.keys())

@@ -37,6 +37,10 @@ MISTAKES = [
     ({"pruning.sparsity": 0.0}, "pruning.sparsity=0.0: give a number in (0, 1)"),
     ({"pruning.gamma": -0.1}, "pruning.gamma=-0.1: give a number in [0, 1000]"),
     ({"pruning.policy": "lerned"}, "pruning.policy=lerned: choose one of dense, learned, window, strided, random"),
+    (
+        {"pruning.policy": "dms"},
+        "pruning.policy=dms is trained on a task, by `sweep experiment=policies` alone: choose",
+    ),
     ({"pruning.policy": "learned"}, "pruning.policy=learned needs pruning.sparsity=S in (0, 1), or pruning.gamma=G"),
     ({"pruning.policy": "window"}, "pruning.policy=window needs pruning.sparsity=S"),
     ({"pruning.policy": "strided", "pruning.gamma": 0.1}, "pruning.policy=strided needs pruning.sparsity=S"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from ctxprune.tasks.scoring import pearson
 from pipelines import compose
 from pipelines.policy_study import clock, jobs, plots, run, small_model, table
 from pipelines.policy_study.measure import measure
-from pipelines.policy_study.methods import METHODS, MISSED, named, retrofitted, settle
+from pipelines.policy_study.methods import METHODS, MISSED, named, restored, retrofitted, settle
 
 
 def record(method: str, right: float, seed: int = 0, share: float = 0.25, **more) -> dict:
@@ -161,6 +162,23 @@ def test_the_best_spread_over_depth_costs_no_more_keys(subject, monkeypatch):
         found = measure(model, task, 64)
         assert torch.allclose(found.kept, torch.full_like(found.kept, 10 / 32))
         assert {wrapper.rule.ranking.config.budget.pyramid for wrapper in wrappers(model)} == {slope}
+
+
+def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subject):
+    """Whatever its heads have learned: keys still go when they came, and a later start finds the same. The first layer
+    has one score per token of the vocabulary, so that of an easy task the share is met in steps, from below."""
+
+    def draw(model, task, share, seed):
+        with torch.no_grad():
+            for wrapper in wrappers(model):
+                wrapper.rule.ranking.scorer.keep.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(seed))
+
+    task, (method,) = subject[0], named(["DMS"])
+    model = retrofitted(replace(method, prepare=draw), model_of(subject), task, 0.4, 0)
+    found = measure(model, task, 128)
+    assert 0.3 < found.kept.mean() < 0.42 and found.kept.std() > 0
+    again = measure(restored(method, model_of(subject), 0.4, model.state_dict()), task, 128)
+    assert torch.equal(again.kept, found.kept) and torch.equal(again.right, found.right)
 
 
 def test_the_oracle_keeps_what_is_needed_and_its_precision_says_so(subject):
