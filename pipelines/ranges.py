@@ -81,6 +81,7 @@ RANGES = {
     "study.seeds": "[0, 9223372036854775807]",
     "study.rows": "[2, 1000000]",
     "study.steps": "[1, 1000000]",
+    "study.seconds": "(0, 1000000]",
     "study.repeats": "[0, 1000]",
     "generate.max_new_tokens": "[1, 1048576]",
     "generate.temperature": "[0, 100]",

@@ -11,6 +11,7 @@ from torch import Tensor
 import ctxprune
 from ctxprune.drop_time import forward_with_drop_times
 from ctxprune.retrofitting import wrappers
+from ctxprune.tasks.recall import RecallConfig
 
 VOCAB = 97
 LAYERS = 3
@@ -39,6 +40,8 @@ GPT2 = {
 }
 WINDOW = 7
 """Tokens the Mistral with a sliding window sees, itself included."""
+TASK = RecallConfig(length=24, facts=3, decoys=1, keys=8, values=8, fillers=8)
+"""What `recaller` is asked."""
 
 FAMILIES: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
@@ -63,6 +66,14 @@ def small_model(family: str = "llama", seed: int = 0) -> tf.PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model
+
+
+def recaller(config) -> tf.PreTrainedModel:
+    """An untrained model of two layers with the vocabulary of TASK, under this policy."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return ctxprune.retrofit(tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=TASK.vocab_size, **sizes, **ends)), config)
 
 
 def gated(family: str = "llama", *, std: float = 0.3, beta: float = 3.0, seed: int = 0, **config) -> tf.PreTrainedModel:

@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from difflib import get_close_matches
 
 from ctxprune.errors import UserError
+from ctxprune.policies.bandit import BanditConfig
 from ctxprune.policies.bigbird import BigBirdConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.policies.dense import DenseConfig
@@ -50,7 +51,7 @@ HEURISTIC = (
     TovaConfig,
     SnapKVConfig,
 )
-TAUGHT = (FutureConfig, DistilledConfig, AgentConfig, LTPConfig, DMSConfig)
+TAUGHT = (FutureConfig, DistilledConfig, AgentConfig, BanditConfig, LTPConfig, DMSConfig)
 POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *HEURISTIC, *TAUGHT, GivenConfig)}
 
 

@@ -18,11 +18,12 @@ from ctxprune.tasks.needle import NeedleConfig
 from ctxprune.tasks.overwrite import OverwriteConfig
 from ctxprune.tasks.questions import QuestionsConfig
 from ctxprune.tasks.recall import RecallConfig
+from ctxprune.tasks.recall_invisible import RecallInvisibleConfig
 from ctxprune.tasks.sst2 import Sst2Config
 from ctxprune.tasks.task import Task
 from ctxprune.tasks.wnut17 import Wnut17Config
 
-SYNTHETIC = (RecallConfig, NeedleConfig, OverwriteConfig, QuestionsConfig, DialogueConfig)
+SYNTHETIC = (RecallConfig, NeedleConfig, OverwriteConfig, QuestionsConfig, DialogueConfig, RecallInvisibleConfig)
 """Tasks whose truth is known and that small models learn in minutes."""
 FROM_FILES = (Sst2Config, AgNewsConfig, Wnut17Config, DialogSumConfig, Multi30kConfig)
 """Tasks whose examples are read from local files."""

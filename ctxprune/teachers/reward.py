@@ -4,14 +4,17 @@
 Each layer's network gives every token of the context the odds of keeping it. Several rollouts of the same input draw
 keep or drop; what follows is answered on what is left; the reward is the share of right answers less what keeping
 costs. A rollout's advantage is its reward less the mean of the others of its input (leave-one-out, arXiv 2402.14740),
-so that easy and hard inputs teach alike. The context is read once for all rollouts.
+so that easy and hard inputs teach alike. The context is read once for all rollouts, and these are the rows of one
+forward: on one machine that is faster than a process for each, which would read the context again and wait for the
+slowest. What runs in parallel is whole lessons, the points of a study.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,12 +38,17 @@ class RewardConfig:
     """What keeping every token costs, in shares of right answers; one that keeps half pays half."""
     target: float | None = None
     """Share to keep: the price then only starts there and rises or falls until that share is kept (dual ascent)."""
+    entropy: float = 0.0
+    """What being undecided is worth, in shares of right answers per nat (arXiv 1602.01783): few actions are settled on
+    before features are learned, unless that has a price."""
     rollouts: int = 8
     """Tries per input."""
     rows: int = 16
     """Inputs per step."""
     steps: int = 300
-    """Steps of Adam."""
+    """Steps of Adam, at most."""
+    seconds: float | None = None
+    """Wall clock after which learning stops wherever it is; nothing else depends on it. None: after `steps` only."""
     learning_rate: float = 3e-3
     """Of Adam."""
     seed: int = 0
@@ -52,14 +60,21 @@ class RewardConfig:
         for name in ("rows", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not self.price >= 0.0:
-            raise UserError(f"price is {self.price}: give 0 or more")
+        if self.seconds is not None and not self.seconds > 0.0:
+            raise UserError(f"seconds is {self.seconds}: give a number above 0, or none for no limit")
+        for name in ("price", "entropy"):
+            if not getattr(self, name) >= 0.0:
+                raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
         if self.target is not None and not (0.0 < self.target < 1.0 and self.price > 0.0):
             raise UserError(f"target is {self.target}, price {self.price}: give a share in (0, 1) and a price above 0")
 
 
 Cost = Callable[[Float[Tensor, "layers rows"]], Float[Tensor, " rows"]]
-"""What keeping these shares of the context costs, in the same unit as `price`: their mean, or measured milliseconds."""
+"""What keeping these shares of the context costs, in the same unit as `price`: their mean, or measured time as a
+share of that of keeping all (ctxprune.teachers.latency)."""
+
+Act = Callable[[Context], tuple[Bool[Tensor, "layers tries batch n"], Float[Tensor, "tries batch"]]]
+"""What each try keeps of contexts that were read, and the logarithm of its chance, differentiable."""
 
 
 def mean_share(shares: Float[Tensor, "layers rows"]) -> Float[Tensor, " rows"]:
@@ -78,23 +93,45 @@ def reinforce(
 ) -> None:
     """Teach the networks of a model whose policy is `agent`. protected: first tokens that are never dropped.
     progress(step, mean reward, mean share kept)."""
-    draw, price = torch.Generator().manual_seed(config.seed), config.price
+    draw = torch.Generator().manual_seed(config.seed)
+
+    def act(context: Context) -> tuple[Tensor, Tensor]:
+        odds = torch.stack(scores(model, context))
+        keep = _draw(odds.detach(), config.rollouts, draw)
+        keep[..., :protected] = True
+        chance = torch.where(keep, odds[:, None], -odds[:, None]).sigmoid().clamp(min=1e-8).log()
+        # Averaged over tokens, so that the step does not grow with the context.
+        return keep, chance[..., protected:].mean((0, -1))
+
     parameters = [p for scorer in networks(model) for p in scorer.parameters()]
+    by_reward(model, task, config, parameters, act, cost=cost, progress=progress)
+
+
+def by_reward(
+    model,
+    task: Task,
+    config: RewardConfig,
+    parameters: Iterable[Tensor],
+    act: Act,
+    *,
+    cost: Cost = mean_share,
+    progress: Callable[[int, float, float], None] | None = None,
+) -> None:
+    """Policy gradient on these parameters, whatever is decided: single tokens (reinforce) or budgets (teachers.bandit).
+    progress as in reinforce."""
+    price, begin = config.price, monotonic()
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     for step in range(config.steps):
         rows = task.batch("train", config.seed, step, config.rows)
         context = read(model, rows.input_ids[:, : rows.end])
         with torch.enable_grad():
-            odds = torch.stack(scores(model, context))
-        keep = _draw(odds.detach(), config.rollouts, draw)
-        keep[..., :protected] = True
+            keep, chance = act(context)
         reward, share = rewards(model, rows, context, keep, price, cost)
+        reward = reward - config.entropy * chance.detach()
         # Leave-one-out: the baseline of a rollout is the mean of the others of its input.
         advantage = (reward - reward.mean(0)) * config.rollouts / (config.rollouts - 1)
         with torch.enable_grad():
-            chance = torch.where(keep, odds[:, None], -odds[:, None]).sigmoid().clamp(min=1e-8).log()
-            # Averaged over tokens, so that the step does not grow with the context.
-            loss = -(advantage.detach() * chance[..., protected:].mean((0, -1))).mean()
+            loss = -(advantage.detach() * chance).mean()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -103,6 +140,8 @@ def reinforce(
             price = min(MOST, max(LEAST, price * math.exp(RISE * (share.mean().item() - config.target))))
         if progress is not None:
             progress(step + 1, reward.mean().item(), share.mean().item())
+        if config.seconds is not None and monotonic() - begin >= config.seconds:
+            return
 
 
 @torch.no_grad()

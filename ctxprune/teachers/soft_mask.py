@@ -106,12 +106,12 @@ def softened(scorers: list[HiddenScorer | LTPScorer], context: Context) -> list[
         if isinstance(scorer, HiddenScorer):
             found.append(scorer(context.hidden[layer]))
         else:
-            found.append(_received(context, layer) - scorer.threshold)
+            found.append(received(context, layer) - scorer.threshold)
     return found
 
 
 @torch.no_grad()
-def _received(context: Context, layer: int) -> Float[Tensor, "batch context"]:
+def received(context: Context, layer: int) -> Float[Tensor, "batch context"]:
     """Attention that each key got in the context, mean over heads and the queries that could see it."""
     query, key = context.queries[layer], context.keys[layer]
     n = key.shape[2]

@@ -93,7 +93,9 @@ def _subjects(study: StudyConfig, methods: list[Method], root: Path, name: str, 
     inputs = jobs.model_inputs(name, study.steps, study.seeds[0])
     subjects: Subjects = {"dense": (ctxprune.retrofit(jobs.small(root, inputs), DenseConfig()), None)}
     for method in methods:
-        point = store.folder_of(root, "study-point", jobs.point_inputs(inputs, method.name, share, study.rows))
+        point = store.folder_of(
+            root, "study-point", jobs.point_inputs(inputs, method.name, share, study.rows, study.seconds)
+        )
         if store.finished(point):
             weights = load_file(point / "weights.safetensors")
             subjects[method.name] = (restored(method, jobs.small(root, inputs), share, weights), method)

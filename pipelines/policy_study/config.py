@@ -21,5 +21,7 @@ class StudyConfig:
     """Test rows per point."""
     steps: int = 700
     """Training steps of each small model."""
+    seconds: float | None = None
+    """Wall clock that an agent or a bandit may learn for, alone on its core; null: until its steps are done."""
     repeats: int = 5
     """Timed repetitions of each method, in turn; the median counts. 0: nothing is timed."""

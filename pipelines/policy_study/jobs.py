@@ -33,9 +33,11 @@ def model_inputs(task: str, steps: int, seed: int) -> dict:
     return {"format": FORMAT, "task": {"task": task}, "shape": asdict(SHAPE), "steps": steps, "seed": seed}
 
 
-def point_inputs(model: dict, method: str, share: float, rows: int) -> dict:
-    """What one point of the study depends on."""
-    return {"format": FORMAT, "model": model, "method": method, "share": share, "rows": rows}
+def point_inputs(model: dict, method: str, share: float, rows: int, seconds: float | None = None) -> dict:
+    """What one point of the study depends on; on a limit in seconds only where the method has one."""
+    inputs = {"format": FORMAT, "model": model, "method": method, "share": share, "rows": rows}
+    (found,) = named([method])
+    return inputs if seconds is None or not found.limited else inputs | {"seconds": seconds}
 
 
 def make_model(root: str, inputs: dict) -> None:
@@ -68,13 +70,14 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     task, rows, (method,) = tasks.from_dict(inputs["model"]["task"]), inputs["rows"], named([inputs["method"]])
     whole = ctxprune.retrofit(small(root, inputs["model"]), DenseConfig())
     dense, said = measure(whole, task, rows), predictions(whole, task, rows)
-    model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], inputs["model"]["seed"])
+    seed, seconds, notes = inputs["model"]["seed"], inputs.get("seconds"), {}
+    model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], seed, seconds=seconds, notes=notes)
     shown = partial(method.shown, share=inputs["share"]) if method.shown else None
     found = measure(model, task, rows, prepared=method.around, dense=said, shown=shown)
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
     )
-    store.write_json(staged / "point.json", summary(found, dense))
+    store.write_json(staged / "point.json", summary(found, dense) | notes)
 
 
 def summary(found: Outcome, dense: Outcome) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -26,8 +27,8 @@ from ctxprune.teachers.dms import DMSTraining, learn_to_evict
 from ctxprune.teachers.edge_gradient import edge_gradients
 from ctxprune.teachers.fit import fit
 from ctxprune.teachers.future_attention import future_attention
-from ctxprune.teachers.reward import RewardConfig, reinforce
 from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
+from pipelines.policy_study import rewarded
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
 from pipelines.policy_study.measure import measure
 from pipelines.policy_study.truncation import columns
@@ -54,29 +55,44 @@ DELAY = 4
 @dataclass(frozen=True)
 class Method:
     """name: in the table. policy: makes the policy of a budget. kind: where the decision comes from. prepare: teaches
-    the model, once per budget. around: what each batch needs. adaptive: the budget is the mean over inputs (a threshold
-    set on validation rows), otherwise every input keeps the same share. aware: has seen the questions when it decides:
-    not possible in use, so these stand apart. shown: the columns that the model is given, by batch and share."""
+    the model, once per budget; a rewarded.Report that it returns is asked when the budget is set. around: what each
+    batch needs. adaptive: the budget is the mean over inputs (a threshold set on validation rows), otherwise every
+    input keeps the same share. aware: has seen the questions when it decides: not possible in use, so these stand
+    apart. shown: the columns that the model is given, by batch and share. limited: prepare also takes how many seconds
+    it may last."""
 
     name: str
     kind: Kind
     policy: Callable[[float], PolicyConfig]
-    prepare: Callable[[object, Task, float, int], None] | None = None
+    prepare: Callable[..., rewarded.Report | None] | None = None
     around: Callable[[object, TaskBatch], AbstractContextManager] | None = None
     adaptive: bool = False
     aware: bool = False
     shown: Callable[[TaskBatch, float], Tensor] | None = None
+    limited: bool = False
 
 
-def retrofitted(method: Method, model, task: Task, share: float, seed: int):
-    """The model under this way to prune, keeping that share of each context (on average, where it is adaptive)."""
-    config = method.policy(share)
-    model = ctxprune.retrofit(model, config)
+def retrofitted(
+    method: Method, model, task: Task, share: float, seed: int, *, seconds: float | None = None,
+    notes: dict[str, float] | None = None,
+):  # fmt: skip
+    """The model under this way to prune, keeping that share of each context (on average, where it is adaptive).
+
+    seconds: how long it may be taught, where the method is limited. notes: takes down `taught_in`, the seconds that it
+    was, and what the method reports.
+    """
+    config, notes = method.policy(share), {} if notes is None else notes
+    model, report = ctxprune.retrofit(model, config), None
     if method.prepare is not None:
-        method.prepare(model, task, share, seed)
+        start = time.perf_counter()
+        report = method.prepare(model, task, share, seed, *([seconds] if method.limited else []))
+        notes["taught_in"] = time.perf_counter() - start
     if method.adaptive:
         settle(model, task, share)
-    return model.eval()
+    model.eval()
+    if report is not None:
+        notes |= report(model, task)
+    return model
 
 
 def restored(method: Method, model, share: float, weights: dict[str, Tensor]):
@@ -117,11 +133,6 @@ def _lessons(model, task: Task, seed: int, teacher) -> Iterator[tuple[Context, T
 
 def _taught(teacher) -> Callable[[object, Task, float, int], None]:
     return lambda model, task, share, seed: fit(model, _lessons(model, task, seed, teacher))
-
-
-def _by_reward(model, task: Task, share: float, seed: int) -> None:
-    # A little below: what is over is given back when the threshold is settled.
-    reinforce(model, task, RewardConfig(price=0.1, target=0.9 * share, steps=1000, seed=seed), protected=SINKS)
 
 
 def _by_soft_mask(model, task: Task, share: float, seed: int) -> None:
@@ -258,8 +269,12 @@ METHODS = (
     Method("future attention", "taught", _ranked("future"), _taught(future_attention)),
     Method("future attention, threshold", "taught", _by_threshold("future"), _taught(future_attention), adaptive=True),
     Method("LTP", "taught", _by_threshold("ltp"), _by_soft_mask, adaptive=True),
-    Method("agent", "reward", _by_threshold("agent"), _by_reward, adaptive=True),
-    Method("agent, no features", "control", _by_threshold("agent", blind=True), _by_reward, adaptive=True),
+    Method("agent", "reward", _by_threshold("agent"), rewarded.agent, adaptive=True, limited=True),
+    Method("agent, latency", "reward", _by_threshold("agent"), rewarded.agent_by_latency, adaptive=True, limited=True),
+    Method(
+        "agent, no features", "control", _by_threshold("agent", blind=True), rewarded.agent, adaptive=True, limited=True
+    ),
+    Method("budget bandit", "reward", rewarded.budgets(SINKS, RECENT), rewarded.bandit, adaptive=True, limited=True),
     Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True),
     Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),

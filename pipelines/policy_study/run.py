@@ -68,7 +68,7 @@ def collect(config: Config, methods: list[Method], root: Path) -> list[dict]:
             for method in methods:
                 for seed in study.seeds:
                     model = jobs.model_inputs(task, study.steps, seed)
-                    inputs = jobs.point_inputs(model, method.name, share, study.rows)
+                    inputs = jobs.point_inputs(model, method.name, share, study.rows, study.seconds)
                     if store.finished(store.folder_of(root, "study-point", inputs)):
                         records.append(
                             {"task": task, "share": share, "method": method.name, "decides": method.kind}
@@ -84,7 +84,7 @@ def _made(config: Config, methods: list[Method], root: Path, bars: Bars) -> list
     models = [jobs.model_inputs(task, study.steps, seed) for task in study.tasks for seed in study.seeds]
     points = [
         (f"{model['task']['task']}, seed {model['seed']}: {method.name} at {share:g}", model,
-         jobs.point_inputs(model, method.name, share, study.rows))
+         jobs.point_inputs(model, method.name, share, study.rows, study.seconds))
         for model in models for share in study.shares for method in methods
     ]  # fmt: skip
     # What is taught takes longest: first, so that no core idles at the end.

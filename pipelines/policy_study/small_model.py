@@ -22,6 +22,7 @@ from ctxprune.tasks import Task
 from ctxprune.tasks.needle import NeedleConfig
 from ctxprune.tasks.overwrite import OverwriteConfig
 from ctxprune.tasks.recall import RecallConfig
+from ctxprune.tasks.recall_invisible import RecallInvisibleConfig
 from ctxprune.tasks.scoring import score
 
 _WARM_UP = 50  # steps
@@ -101,6 +102,9 @@ def stages(task: Task) -> list[tuple[float, Task]]:
         tiny = RecallConfig(**{**fields, "length": 3 * few + 2, "fewest": min(2, few), "facts": few, "decoys": 0})
         middle = RecallConfig(**{**fields, "length": half, "decoys": task.decoys // 2})
         return [(0.4, tiny), (0.2, middle), (1.0, task)]
+    if isinstance(task, RecallInvisibleConfig):
+        few = min(task.facts, 8)
+        return [(0.3, replace(task, facts=few, questions=min(few, task.questions))), (1.0, task)]
     if isinstance(task, OverwriteConfig):
         few = min(4, task.variables)
         once = replace(task, length=3 * few + 2, fewest=few, variables=few, writes=few)  # nothing goes stale yet

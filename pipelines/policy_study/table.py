@@ -8,6 +8,9 @@ from statistics import mean
 
 LEARNED = ("taught", "reward", "fine-tuned")
 """Where a decision is learned on the task; the others decide without."""
+CONSTANT = "H2O, best constant"
+"""The same number of keys for every input, spread over depth as well as it can be."""
+CLOCK = ("attention_ms", "attention_ms_predicted", "attention_ms_dense")
 CLOSE = 0.01
 """Shares of kept keys that differ by less, as a part of the budget, are equal budgets."""
 
@@ -27,6 +30,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("deciding", ">8", lambda row: "" if row["deciding_ms"] is None else f"{row['deciding_ms']:.1f} ms"),
     ("even from", ">9", lambda row: _tokens(row, "even_from")),
     ("repaid", ">6", lambda row: _tokens(row, "repaid")),
+    ("taught in", ">9", lambda row: "" if row["taught_in"] is None else f"{row['taught_in']:.0f} s"),
 )
 NOTES = (
     "right: share of questions answered, mean over seeds (lowest to highest); kept: share of the context's keys alive "
@@ -35,9 +39,10 @@ NOTES = (
     "the input; cache, reading, token: live bytes, time to read the contexts and per later token over those of dense, "
     "16 rows, deciding included and beside it; even from: tokens of context from which on a later token took no longer "
     "than dense (up to 2,048, 4 rows, at the smallest share); repaid: later tokens after which reading 2,048 and "
-    "writing these took no longer than dense. strided keys, BigBird blocks: what such a pattern shows to the first "
-    "question, the rest freed, which the papers do not. truncation: the rest is cut off before reading. Methods marked "
-    "* have seen the questions when they decide."
+    "writing these took no longer than dense; taught in: wall clock of what is learned or searched for before the "
+    "budget is set, mean over seeds. strided keys, BigBird blocks: what such a pattern shows to the first question, the rest "
+    "freed, which the papers do not. truncation: the rest is cut off before reading. Methods marked * have seen the "
+    "questions when they decide."
 )
 
 
@@ -54,8 +59,8 @@ def rows(records: list[dict]) -> list[dict]:
         row |= {name: several[0][name] for name in ("decides", "aware", "adaptive")}
         row |= {"seeds": len(several), "lowest": min(r["right"] for r in several)}
         row |= {"highest": max(r["right"] for r in several)}
-        for name in ("right", "kept", "agreement", "precision", "recall", "kept_and_difficulty"):
-            row[name] = _mean([r[name] for r in several])
+        for name in ("right", "kept", "agreement", "precision", "recall", "kept_and_difficulty", "taught_in", *CLOCK):
+            row[name] = _mean([r.get(name) for r in several])
         for name in ("bytes_of_dense", "read_of_dense", "token_of_dense", "deciding_ms"):
             row[name] = several[0].get(name)
         row |= {name: several[0][name] for name in ("even_from", "repaid") if name in several[0]}
@@ -91,6 +96,37 @@ def missed(row: dict) -> bool:
     return abs(row["kept"] / row["share"] - 1) > CLOSE
 
 
+def against_constant(made: list[dict]) -> list[str]:
+    """A line per task, share and way that is taught by reward: does it beat the best constant?"""
+    lines = []
+    for (task, share), group in groupby(made, lambda row: (row["task"], row["share"])):
+        several = list(group)
+        for rival in (row for row in several if row["method"] == CONSTANT):
+            for row in (one for one in several if one["decides"] == "reward"):
+                if row["lowest"] > rival["highest"]:
+                    said = "beats the best constant"
+                elif rival["lowest"] > row["highest"]:
+                    said = "is BELOW the best constant"
+                else:
+                    said = "equals the best constant within their seeds"
+                lines.append(
+                    f"{task} at {share:g}: {row['method']} {said}: {row['lowest']:.3f} to {row['highest']:.3f} against "
+                    f"{rival['lowest']:.3f} to {rival['highest']:.3f} ({row['seeds']} and {rival['seeds']} seeds)"
+                )
+    return lines
+
+
+def clocked(made: list[dict]) -> list[str]:
+    """A line per way whose reward is measured time: what its table predicted, and what the clock says of what it
+    keeps."""
+    return [
+        f"{row['task']} at {row['share']:g}: {row['method']}: attention of a token takes {row['attention_ms']:.3f} ms, "
+        f"predicted {row['attention_ms_predicted']:.3f} ms; {row['attention_ms_dense']:.3f} ms over all keys"
+        for row in made
+        if row["attention_ms"] is not None
+    ]
+
+
 def unfair(made: list[dict]) -> list[str]:
     """Rows whose budget is not what was asked for, more than CLOSE of it."""
     return [f"{row['task']} at {row['share']:g}: {row['method']} kept {row['kept']:.3f}" for row in made if missed(row)]
@@ -103,7 +139,8 @@ def text(records: list[dict]) -> str:
         lines += ["", f"{task}, {share:.3g} of the context's keys stay"]
         lines.append("  ".join(f"{name:{form}}" for name, form, _ in COLUMNS))
         lines += ["  ".join(f"{say(row):{form}}" for _, form, say in COLUMNS) for row in group]
-    return "\n".join([*lines, "", *verdicts(made), *(f"budget missed: {line}" for line in unfair(made)), "", NOTES])
+    said = [*verdicts(made), *against_constant(made), *clocked(made)]
+    return "\n".join([*lines, "", *said, *(f"budget missed: {line}" for line in unfair(made)), "", NOTES])
 
 
 def markdown(records: list[dict]) -> str:
@@ -116,6 +153,9 @@ def markdown(records: list[dict]) -> str:
         lines += ["| " + " | ".join(say(row).replace("*", "\\*") for _, _, say in COLUMNS) + " |" for row in group]
         lines.append("")
     lines += ["## Who wins, and where learning does not", "", *(f"- {line}" for line in verdicts(made)), ""]
+    for title, said in (("What reward learns beside a constant", against_constant), ("Time as the price", clocked)):
+        if found := said(made):
+            lines += [f"## {title}", "", *(f"- {line}" for line in found), ""]
     lines += ["Budgets that were missed by more than 1 %:", ""]
     lines += [*(f"- {line}" for line in unfair(made) or ["none"]), "", NOTES.replace("*", "\\*"), ""]
     return "\n".join(lines)

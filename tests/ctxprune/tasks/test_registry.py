@@ -28,7 +28,10 @@ def test_a_task_comes_back_from_json(config):
     "values, says",
     [
         ({"task": "recal"}, "unknown task 'recal': did you mean 'recall'?"),
-        ({"task": "zzz"}, "unknown task 'zzz': choose one of recall, needle, overwrite, questions, dialogue, sst2"),
+        (
+            {"task": "zzz"},
+            "unknown task 'zzz': choose one of recall, needle, overwrite, questions, dialogue, recall_invisible, sst2",
+        ),
         ({}, "unknown task None: choose one of"),
         ({"task": "recall", "decoy": 1}, "task recall has no setting 'decoy': did you mean 'decoys'?"),
         ({"task": "needle", "qqq": 1}, "task needle has no setting 'qqq': choose one of length, depth"),
@@ -48,6 +51,10 @@ def test_a_task_comes_back_from_json(config):
         ({"task": "dialogue", "rules": 1}, "dialogue: rules is 1: give at least 2"),
         ({"task": "dialogue", "turns": 13}, "dialogue: keys is 12: give at least 13"),
         ({"task": "dialogue", "length": 7}, "dialogue: length is 7, too short for what stands in it: give 8"),
+        ({"task": "recall_invisibel"}, "unknown task 'recall_invisibel': did you mean 'recall_invisible'?"),
+        ({"task": "recall_invisible", "facts": 7}, "recall_invisible: facts is 7: give at least 8"),
+        ({"task": "recall_invisible", "keys": 63}, "recall_invisible: keys is 63: give at least 64"),
+        ({"task": "recall_invisible", "questions": 0}, "recall_invisible: questions is 0: give at least 1"),
         ({"task": "sst2"}, "sst2: file is empty: give a path"),
         ({"task": "sst2", "file": "a"}, "sst2: tokenizer is empty: give a path"),
         ({"task": "sst2", **PATHS, "form": "both"}, "sst2: form is 'both': give decoder or encoder"),

@@ -15,6 +15,7 @@ from ctxprune.tasks.needle import NeedleConfig, grid
 from ctxprune.tasks.overwrite import OverwriteConfig
 from ctxprune.tasks.questions import QuestionsConfig
 from ctxprune.tasks.recall import RecallConfig
+from ctxprune.tasks.recall_invisible import RecallInvisibleConfig
 from ctxprune.tasks.symbols import DECOY, FACT, RULE, SEP, SPECIAL, START, TURN
 from ctxprune.tasks.task import SPLITS, TaskBatch
 
@@ -24,6 +25,7 @@ SMALL = [
     OverwriteConfig(length=40, variables=4, writes=9),
     QuestionsConfig(length=40, facts=4, decoys=2, chatter=2),
     DialogueConfig(length=20, turns=5, chatter=2),
+    RecallInvisibleConfig(facts=10, questions=3, keys=12, values=9),
 ]
 CASES = [*SMALL, *(config() for config in SYNTHETIC)]
 TIGHT = [
@@ -33,7 +35,10 @@ TIGHT = [
     OverwriteConfig(length=38, variables=12, writes=12),
     QuestionsConfig(length=5, facts=1, decoys=0, chatter=0),
     DialogueConfig(length=4, turns=1, chatter=0, quotes=0),
+    RecallInvisibleConfig(facts=1, questions=1, keys=1, values=1),
 ]
+WIDTH = {"dialogue": 2, "recall_invisible": 1}
+"""Tokens of what is needed together; 3 elsewhere."""
 FACTS = [case for case in CASES + TIGHT if case.name != "dialogue"]
 
 
@@ -58,6 +63,9 @@ def answer_of(task, batch: TaskBatch, row: int, position: int, readable: torch.T
         if task.name == "dialogue" and seen[at] == RULE and seen[at + 1] is not None:
             rule = seen[at + 1] - task.symbols.vocab_size
             answer = task.symbols.first_value + rule * task.keys + asked - SPECIAL
+        elif task.name == "recall_invisible" and (seen[at] or 0) >= task.symbols.first_filler:
+            key, value = divmod(seen[at] - task.symbols.first_filler, task.values)
+            answer = task.symbols.first_value + value if key == asked - SPECIAL else answer
         elif seen[at] == FACT and seen[at + 1] == asked and seen[at + 2] is not None:
             answer = seen[at + 2]
     return answer
@@ -124,7 +132,7 @@ def test_without_one_needed_token_its_question_cannot_be_answered(task):
     batch = task.batch("test", 0, 1, 16)
     for row in range(16):
         needed = batch.needed[row].nonzero()[:, 0].tolist()
-        width = 2 if task.name == "dialogue" else 3
+        width = WIDTH.get(task.name, 3)
         last = needed[width - 1]
         readable = torch.ones_like(batch.needed)
         readable[row, last] = False
@@ -268,3 +276,25 @@ def test_no_answer_of_a_dialogue_stands_in_the_row_and_quoted_rules_do_not_count
     assert ((batch.input_ids == DECOY).sum(1) == task.quotes).all() and (batch.needed.sum(1) == 2).all()
     rules = (batch.answers - task.symbols.first_value).div(task.keys, rounding_mode="floor")
     assert {len(set(row[mask].tolist())) for row, mask in zip(rules, batch.questions >= 0, strict=True)} == {1}
+
+
+def telling(task) -> tuple[float, float]:
+    """By how much (rows of 4096) the odds of being needed differ between positions of a context, and between tokens."""
+    batch = task.batch("train", 0, 0, 4096)
+    needed = batch.needed[:, 1 : task.length - 1].double()
+    ids = batch.input_ids[:, 1 : task.length - 1]
+    seen, count = (torch.zeros(task.vocab_size, dtype=torch.float64) for _ in range(2))
+    seen.index_add_(0, ids.flatten(), needed.flatten())
+    count.index_add_(0, ids.flatten(), torch.ones_like(needed).flatten())
+    by_token = (seen / count)[count > 400]
+    return tuple(((odds.max() - odds.min()) / needed.mean()).item() for odds in (needed.mean(0), by_token))
+
+
+def test_nothing_in_an_invisible_context_tells_what_will_be_needed_or_how_much():
+    task = RecallInvisibleConfig(facts=16, questions=4, keys=16, values=4)
+    assert all(difference < 0.5 for difference in telling(task))
+    batch = task.batch("train", 0, 0, 64)
+    assert (batch.needed.sum(1) == 4).all() and batch.difficulty is None
+    assert (batch.input_ids[:, 1 : task.length - 1] >= task.symbols.first_filler).all()
+    # The twin: in recall a token tells, for filler is never needed and FACT always is.
+    assert telling(RecallConfig(length=32, facts=3, decoys=2, keys=8, values=8, fillers=8))[1] > 2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers as tf
 
 import ctxprune
 from ctxprune import UserError
@@ -15,7 +14,6 @@ from ctxprune.policies import AgentConfig, DenseConfig, FutureConfig, LTPConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.replay import read, resume
 from ctxprune.retrofitting import wrappers
-from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.scoring import spearman
 from ctxprune.teachers import reward
 from ctxprune.teachers.edge_gradient import edge_gradients, left_out
@@ -23,22 +21,13 @@ from ctxprune.teachers.fit import fit, networks, scores
 from ctxprune.teachers.future_attention import future_attention
 from ctxprune.teachers.reward import RewardConfig, reinforce, rewards
 from ctxprune.teachers.soft_mask import SoftMaskConfig, soften, softened
-from tests.models import LAYERS, small_model, tokens
+from tests.models import LAYERS, TASK, recaller, small_model, tokens
 
 CONTEXT, N = 20, 26
-TASK = RecallConfig(length=24, facts=3, decoys=1, keys=8, values=8, fillers=8)
 
 
 def small(config):
     return ctxprune.retrofit(small_model(), config)
-
-
-def recaller(config):
-    """An untrained model with the vocabulary of a small recall task."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return ctxprune.retrofit(tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=TASK.vocab_size, **sizes, **ends)), config)
 
 
 def test_future_attention_is_the_attention_of_what_follows():
@@ -158,6 +147,19 @@ def test_a_target_is_met_by_moving_the_price(monkeypatch):
     assert sum(shares[-100:]) / 100 == pytest.approx(0.4, abs=0.08)
 
 
+def test_learning_stops_after_its_seconds_and_is_until_then_what_it_would_be_without(monkeypatch):
+    def learned(**limit):
+        clock = iter(range(100))
+        monkeypatch.setattr(reward, "monotonic", lambda: next(clock))
+        model, steps = recaller(AgentConfig(sinks=1, recent=0)), []
+        how = RewardConfig(rows=2, rollouts=2, **limit)
+        reinforce(model, TASK, how, progress=lambda step, got, share: steps.append((step, got, share)))
+        return steps
+
+    # The clock is read when learning begins and after each step.
+    assert learned(steps=9, seconds=3.0) == learned(steps=3) and len(learned(steps=2, seconds=3.0)) == 2
+
+
 @pytest.mark.parametrize("config", [LTPConfig(sinks=1, recent=0), FutureConfig(sinks=1, recent=0)], ids=["ltp", "net"])
 def test_a_soft_mask_closes_until_its_share_is_kept(config):
     model, shares = recaller(config), []
@@ -199,6 +201,8 @@ def test_twin_without_a_baseline_of_its_own_an_input_teaches_less(monkeypatch):
     [
         (lambda: RewardConfig(rollouts=1), "rollouts is 1"),
         (lambda: RewardConfig(steps=0), "steps is 0"),
+        (lambda: RewardConfig(entropy=-0.1), "entropy is -0.1"),
+        (lambda: RewardConfig(seconds=0.0), "seconds is 0.0"),
         (lambda: RewardConfig(price=-1.0), "price is -1"),
         (lambda: RewardConfig(price=float("nan")), "price is nan"),
         (lambda: RewardConfig(target=1.0), "target is 1.0"),
