@@ -23,6 +23,7 @@ usage: ./launch.sh [VERB [SETTING=VALUE ...]]
                ./launch.sh benchmark target=kernels (one attention layer beside its peers)
                ./launch.sh benchmark target=generation (whole models beside transformers)
                ./launch.sh benchmark target=feedback checkpoint=FOLDER (alarm and lossless mode)
+               ./launch.sh benchmark target=hidden hidden.train_file=FILE (classifying long texts)
   generate   continue a prompt
                ./launch.sh generate checkpoint=FOLDER generate.prompt='def main('
   report     table and plots of a sweep

@@ -3,7 +3,8 @@
 target=kernels times one attention layer against its peers instead (pipelines.kernel_benchmark), target=generation whole
 models that write text, beside other engines (pipelines.generation_benchmark), target=feedback what the loops that
 correct a pruned model buy (pipelines.feedback_benchmark), target=gradients what pruning by gradients is worth and costs
-(pipelines.gradient_benchmark).
+(pipelines.gradient_benchmark), target=hidden how long texts are classified when tokens leave the residual stream
+(pipelines.hidden_benchmark).
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from pathlib import Path
 
 from ctxprune import checkpoint
 from ctxprune.packing import pack
-from pipelines import feedback_benchmark, generation_benchmark, gradient_benchmark, kernel_benchmark, output
+from pipelines import (
+    feedback_benchmark,
+    generation_benchmark,
+    gradient_benchmark,
+    hidden_benchmark,
+    kernel_benchmark,
+    output,
+)
 from pipelines.config import Config
 from pipelines.decoding_benchmark import measure, text_of
 from pipelines.evaluate import as_trained, corpus_for
@@ -29,6 +37,8 @@ def main(config: Config, overrides: list[str]) -> int:
         return generation_benchmark.main(config, overrides)
     if config.benchmark.target == "gradients":
         return gradient_benchmark.main(config, overrides)
+    if config.benchmark.target == "hidden":
+        return hidden_benchmark.main(config)
     folder = trained(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:

@@ -1,4 +1,5 @@
-"""What does the benchmark measure? Its own groups of settings: what is timed, the kernels' sizes, whole generation."""
+"""What does the benchmark measure? Its own groups of settings: what is timed, the kernels' sizes, whole generation,
+long texts."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class BenchmarkConfig:
-    """What is timed: a saved model's decoding with the dropped keys physically gone, the kernels alone, or whole
-    generation beside other engines."""
+    """What is timed: a saved model's decoding with the dropped keys physically gone, the kernels alone, whole
+    generation beside other engines, or the classification of long texts."""
 
     target: str = "decoding"
-    """decoding, feedback or gradients (of checkpoint=FOLDER), kernels or generation."""
+    """decoding, feedback or gradients (of checkpoint=FOLDER), kernels, generation or hidden."""
     batch: int = 32
     """Sequences decoded together."""
     prompt: int = 128
@@ -133,3 +134,51 @@ class GenerationConfig:
     pool_requests: int = 16
     """Requests of that test, each a prompt of the context's length and new_tokens tokens to write; served
     benchmark.repeats times by every method in turn. With few new tokens it is reading prompts that is measured."""
+
+
+@dataclass
+class HiddenConfig:
+    """Classifying long texts for benchmark target=hidden: an encoder trained from scratch on files of yours, then
+    fine-tuned alike, dense, with tokens leaving its residual stream, and on shorter texts."""
+
+    train_file: str | None = None
+    """Lines of text, tab, label; whatever labels stand there are the classes."""
+    test_file: str | None = None
+    """The same for testing; empty: one text in 20 of train_file, which is not trained on."""
+    judged_on: str = "test"
+    """test, or validation: one text in 20 of train_file, to choose settings on."""
+    tokenizer: str | None = None
+    """Folder or hub id; empty: a byte-level BPE of `vocab` entries, learned from the texts trained on."""
+    vocab: int = 2048
+    """Entries of that BPE."""
+    tokens: int = 1024
+    """Tokens per row: longer texts are cut, shorter ones left out."""
+    layers: int = 6
+    """Layers of the encoder (BERT)."""
+    width: int = 128
+    """Its hidden size; the feed-forward layers are four times as wide."""
+    heads: int = 4
+    """Its attention heads."""
+    base_tokens: int = 256
+    """Tokens of the pieces, cut out of rows at random, on which the model is trained from scratch; at most tokens."""
+    base_steps: int = 1200
+    """Optimizer steps of that."""
+    base_batch: int = 32
+    """Pieces per step."""
+    base_learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    steps: int = 100
+    """Further steps on whole rows, the same for every method."""
+    batch: int = 16
+    """Rows per step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW in these."""
+    keep: list[float] = field(default_factory=lambda: [1.0, 0.4, 0.4, 0.2, 0.2, 0.1])
+    """Share of a row's tokens that enters each layer: one entry per layer, 1.0 first, never rising.
+    Deciding takes its time too: a few large drops are faster than many small ones."""
+    asked: int = 16
+    """Query rows whose attention scores the tokens; 0: all."""
+    batches: list[int] = field(default_factory=lambda: [1, 8])
+    """Rows that are classified together when time is taken; accuracy does not depend on it."""
+    seed: int = 0
+    """Of initialisation, batches and the random score."""

@@ -35,6 +35,7 @@ def check(config: Config, *, trial: bool = True) -> None:
     _check_gradients(config)
     _check_kernels(config)
     _check_generation(config)
+    _check_hidden(config)
     _check_generate(config)
     if trial:
         check_data(config)
@@ -202,6 +203,35 @@ def _check_generation(config: Config) -> None:
     if settings.checkpoint is not None and not Path(settings.checkpoint).expanduser().is_dir():
         given = f"generation.checkpoint={settings.checkpoint}"
         raise UserError(f"{given}: no such folder; give one written by train or sweep")
+
+
+def _check_hidden(config: Config) -> None:
+    settings = config.hidden
+    if settings.width % settings.heads:
+        width = f"hidden.width={settings.width}"
+        raise UserError(f"hidden.heads={settings.heads} does not divide {width}: change one of them")
+    if settings.base_tokens > settings.tokens:
+        pieces, rows = f"hidden.base_tokens={settings.base_tokens}", f"hidden.tokens={settings.tokens}"
+        raise UserError(f"{pieces} is above {rows}: pieces are cut out of rows, lower it")
+    if len(settings.keep) != settings.layers:
+        layers = f"hidden.layers={settings.layers}"
+        raise UserError(f"hidden.keep has {len(settings.keep)} entries and {layers}: give one per layer")
+    if settings.keep[0] != 1.0 or settings.keep != sorted(settings.keep, reverse=True) or settings.keep[-1] == 1.0:
+        raise UserError(f"hidden.keep={settings.keep}: begin with 1.0, never rise, and end below 1.0")
+    if not settings.batches:
+        raise UserError("hidden.batches is empty: list at least one")
+
+
+def check_long_texts(config: Config) -> None:
+    """UserError unless benchmark target=hidden has its files, and no model that it would not look at."""
+    if config.generate.checkpoint is not None:
+        raise UserError("benchmark target=hidden trains models of its own: leave checkpoint out")
+    if not config.hidden.train_file:
+        raise UserError("benchmark target=hidden needs hidden.train_file=FILE, lines of text, tab, label")
+    for name in ("train_file", "test_file"):
+        file = getattr(config.hidden, name)
+        if file and not Path(file).is_file():
+            raise UserError(f"hidden.{name}={file}: no such file; give lines of text, tab, label")
 
 
 def _check_generate(config: Config) -> None:

@@ -20,7 +20,8 @@ VERBS = ("sweep", "train", "evaluate", "benchmark", "generate", "report", "docto
 # Verbs that work on something already trained: `checkpoint=FOLDER` is short for generate.checkpoint.
 READS_CHECKPOINT = ("evaluate", "benchmark", "generate")
 # Text is taken as it stands: a prompt may hold brackets and commas, which Hydra's grammar would read as lists.
-LITERAL = ("generate.prompt", "generate.checkpoint", "kernels.checkpoint", "generation.checkpoint", "runs")
+LITERAL = ("generate.prompt", "generate.checkpoint", "kernels.checkpoint", "generation.checkpoint")
+LITERAL += ("hidden.train_file", "hidden.test_file", "hidden.tokenizer", "runs")
 CODE = re.compile(r"_(target|partial|args|recursive|convert)_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -223,6 +224,10 @@ def _absolute_paths(config: Config) -> None:
         config.model.name = (
             re.sub(r"[^a-z0-9._-]+", "-", Path(config.model.path).name.lower()).strip("-._")[:48] or "local"
         )
+    for name in ("train_file", "test_file", "tokenizer"):
+        given = getattr(config.hidden, name)
+        if given and (name != "tokenizer" or Path(given).expanduser().is_dir()):  # else a hub id
+            setattr(config.hidden, name, str(Path(given).expanduser().absolute()))
     for holder in (config.generate, config.kernels, config.generation):
         if holder.checkpoint:
             holder.checkpoint = str(Path(holder.checkpoint).expanduser().absolute())
@@ -262,6 +267,9 @@ def _require_checkpoint(verb: str, config: Config) -> None:
         measured = config.kernels if config.benchmark.target == "kernels" else config.generation
         measured.checkpoint = measured.checkpoint or folder
         checks.check(config, trial=False)
+        return
+    if verb == "benchmark" and config.benchmark.target == "hidden":
+        checks.check_long_texts(config)
         return
     if not folder:
         raise UserError("which model? give checkpoint=FOLDER, written by train or sweep")

@@ -14,6 +14,7 @@ from pipelines.benchmark_config import (
     FeedbackConfig,
     GenerationConfig,
     GradientsConfig,
+    HiddenConfig,
     KernelsConfig,
 )
 from pipelines.policy_study.config import StudyConfig
@@ -235,6 +236,7 @@ class Config:
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     study: StudyConfig = field(default_factory=StudyConfig)

@@ -32,15 +32,17 @@ class Example:
     """As many tags as words."""
 
 
-def table(file: str, labels: tuple[str, ...]) -> Iterator[Example]:
-    """Lines of text, tab, one of `labels`; a first line that names the columns (sentence or text, label) is none."""
+def table(file: str, labels: tuple[str, ...] | None) -> Iterator[Example]:
+    """Lines of text, tab, one of `labels` (None: any); a first line that names the columns (sentence or text, label) is
+    none."""
     for number, line in _lines(file):
         if not line.strip() or (number == 1 and line.lower() in ("sentence\tlabel", "text\tlabel")):
             continue
         text, _, label = line.rpartition("\t")
         if not text.strip() or not label.strip():
             raise _broken(file, number, "is not a text, a tab and a label")
-        _known(file, number, label.strip(), labels)
+        if labels is not None:
+            _known(file, number, label.strip(), labels)
         yield Example(text.strip(), label.strip())
 
 

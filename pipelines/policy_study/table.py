@@ -40,9 +40,9 @@ NOTES = (
     "16 rows, deciding included and beside it; even from: tokens of context from which on a later token took no longer "
     "than dense (up to 2,048, 4 rows, at the smallest share); repaid: later tokens after which reading 2,048 and "
     "writing these took no longer than dense; taught in: wall clock of what is learned or searched for before the "
-    "budget is set, mean over seeds. strided keys, BigBird blocks: what such a pattern shows to the first question, the rest "
-    "freed, which the papers do not. truncation: the rest is cut off before reading. Methods marked * have seen the "
-    "questions when they decide."
+    "budget is set, mean over seeds. strided keys, BigBird blocks: what such a pattern shows to the first question, "
+    "the rest freed, which the papers do not. truncation: the rest is cut off before reading. Methods marked * have "
+    "seen the questions when they decide."
 )
 
 

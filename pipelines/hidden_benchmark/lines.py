@@ -1,0 +1,36 @@
+"""How does a person read the records? One line each."""
+
+from __future__ import annotations
+
+
+def data(record: dict) -> str:
+    """What is classified by what, and titles above the lines on accuracy."""
+    rows, short = record["rows"], sum(record["left_out"].values())
+    return (
+        f"{len(record['labels'])} classes, {rows['train']} rows to train on and {rows[record['judged_on']]} of the "
+        f"{record['judged_on']} split, {record['tokens']} tokens each; {short} shorter texts left out; always the most "
+        f"frequent class: {record['most_frequent']:.1%}\n"
+        f"BERT, {record['parameters'] / 1e6:.1f} M parameters; from scratch {record['base_steps']} steps, then "
+        f"{record['steps']} of {record['batch']} rows for each method\n"
+        f"{'method':<22} {'right':>6}  {'points to dense, 95 %':<24} {'FLOPs':>6}  tokens by layer"
+    )
+
+
+def accuracy(record: dict) -> str:
+    """One method's accuracy beside dense."""
+    beside = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+        *(100 * record[name] for name in ("against_dense", "against_dense_low", "against_dense_high"))
+    )
+    kept = " ".join(map(str, record["kept"]))
+    return f"{record['method']:<22} {record['accuracy']:>6.1%}  {beside:<24} {record['flops_of_dense']:>5.2f}x  {kept}"
+
+
+def prefill(record: dict) -> str:
+    """One method's time at one batch."""
+    low, high = record["speedup_spread"]
+    fastest, slowest = record["prefill_ms_spread"]
+    return (
+        f"batch {record['batch']:>3}  {record['method']:<22} {record['prefill_ms']:>8.1f} ms "
+        f"({fastest:.1f} to {slowest:.1f})  {record['speedup']:.2f}x ({low:.2f} to {high:.2f}) as fast as dense in "
+        f"{record['rounds']} rounds; deciding {record['deciding_ms']:.2f} ms, {record['deciding_share']:.1%}"
+    )
