@@ -57,7 +57,8 @@ class BigBirdScorer(Scorer):
         self.config, self.seed = config, seed
 
     def score(self, seen: Signals) -> Float[Tensor, "rows keys"]:
-        block, now = self.config.block, seen.now[:, None]
+        # A row that has not begun stands at -1.
+        block, now = self.config.block, seen.now.clamp(min=0)[:, None]
         # Elsewhere than at its keys a table may say anything.
         position = torch.minimum(seen.position.clamp(min=0), now)
         number = torch.arange(int(now.max()) // block + 1, device=now.device)
