@@ -1,10 +1,15 @@
 """Can a CPU multiply by the same weights faster? In oneDNN's own layout, which torch packs them into once.
 
 Plain float32 products go to MKL, which on many processors reads weights at half the speed of memory and less, above all
-for the few rows of a decoding step. Packed products are the same numbers up to rounding.
+for the few rows of a decoding step. For a single row it is the faster one on others: which it is here is measured.
+Packed products are the same numbers up to rounding.
 """
 
 from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,8 @@ from ctxprune.errors import UserError
 
 ROWS = 8
 """Rows that the layout is made for: those of a decoding step; it is as good for a prompt's."""
+TURNS = 5
+"""How often both products are timed; the fastest counts, and the first, which packs, hardly can be that."""
 
 
 class PackedLinear(nn.Module):
@@ -30,6 +37,8 @@ class PackedLinear(nn.Module):
         self.transposed = isinstance(inner, Conv1D)
         self.packed: Tensor | None = None
         self.version = -1
+        self.single = True
+        """Whether a single row is multiplied by packed weights too."""
 
     @property
     def matrix(self) -> Tensor:
@@ -38,7 +47,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not _packable(self.weight) or x.dtype != torch.float32:
-            return nn.functional.linear(x, self.matrix, self.bias)
+            return self.plain(x)
+        if not self.single and x.numel() == x.shape[-1]:
+            return self.plain(x)
+        return self.multiplied(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """By the weights as they are."""
+        return nn.functional.linear(x, self.matrix, self.bias)
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """By the packed ones."""
         if self.packed is None or self.version != self.weight._version:
             with torch.inference_mode(False):
                 matrix = self.matrix.detach().contiguous()
@@ -59,7 +78,8 @@ class PackedLinear(nn.Module):
 def pack(model: nn.Module) -> nn.Module:
     """Let every linear layer of a float32 model on the CPU multiply by packed weights at inference, in place; returns
     the model. Its parameters keep their names, and it can be saved and trained as before; the packed copies take the
-    memory of the weights once more.
+    memory of the weights once more. Single rows are timed, all layers of a shape after each other, a few times as long
+    as a step of the model takes: they are multiplied by whichever weights are faster.
 
     Raises UserError where this build of torch cannot pack.
     """
@@ -71,7 +91,34 @@ def pack(model: nn.Module) -> nn.Module:
                 packed = PackedLinear(child)
                 packed.train(child.training)
                 setattr(parent, name, packed)
+    shapes: dict[torch.Size, list[PackedLinear]] = defaultdict(list)
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear) and _packable(layer.weight):
+            shapes[layer.matrix.shape].append(layer)
+    for layers in shapes.values():
+        single = packed_is_faster(layers)
+        for layer in layers:
+            layer.single = single
     return model
+
+
+@torch.no_grad()
+def packed_is_faster(layers: list[PackedLinear]) -> bool:
+    """Whether these layers of one shape take a single row faster packed: each in turn, as a model calls them, so that
+    weights come from where they will come from."""
+    row = torch.zeros(1, layers[0].matrix.shape[1])
+    plain, packed = [], []
+    for _ in range(TURNS):
+        plain.append(_seconds(PackedLinear.plain, layers, row))
+        packed.append(_seconds(PackedLinear.multiplied, layers, row))
+    return min(packed) <= min(plain)
+
+
+def _seconds(product: Callable[[PackedLinear, Tensor], Tensor], layers: Iterable[PackedLinear], row: Tensor) -> float:
+    start = time.perf_counter()
+    for layer in layers:
+        product(layer, row)
+    return time.perf_counter() - start
 
 
 def _packable(weight: Tensor) -> bool:

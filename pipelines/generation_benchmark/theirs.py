@@ -102,7 +102,11 @@ class Kvpress:
         start = now(device)
         self.cache = DynamicCache(config=self.model.config)
         with torch.inference_mode(), KnormPress(self.drop)(self.model):
-            output = self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            # Its hooks look for the columns of a pass, which newer versions of transformers tell layers no more.
+            columns = torch.arange(self.prompts.shape[1], device=device)
+            output = self.model(
+                self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1, cache_position=columns
+            )
         self.written = [output.logits[:, -1].argmax(-1)]
         return now(device) - start
 

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ def longer(subjects: Subjects, name: str, share: float, own: int) -> dict[str, d
     """By method, over contexts of the task's own length and the longer LENGTHS. even_from: the length in tokens from
     which on a later token takes no longer than dense; None: not even at the longest. repaid: later tokens after which
     reading the longest and writing these takes no longer than dense, deciding included; None: there is no such
-    number."""
+    number. Nothing of a task whose contexts cannot be longer."""
+    if "length" not in {field.name for field in fields(tasks.TASKS[name])}:
+        return {}
     lengths = [own, *(length for length in LENGTHS if length > own)]
     slower: dict[str, list[bool]] = {label: [] for label in subjects if label != "dense"}
     after: dict[str, float | None] = {}

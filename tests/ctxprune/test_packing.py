@@ -98,3 +98,27 @@ def test_a_torch_that_cannot_pack_says_so(monkeypatch):
     monkeypatch.setattr(packing.torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ctxprune.UserError, match="no oneDNN"):
         pack(gated())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_single_row_goes_the_way_that_was_faster(packed, monkeypatch):
+    """The clock says so; several rows are packed in any case."""
+    fast = PackedLinear.multiplied if packed else PackedLinear.plain
+    monkeypatch.setattr(packing, "_seconds", lambda product, layers, row: 1.0 if product is fast else 2.0)
+    layer = pack(torch.nn.Sequential(torch.nn.Linear(7, 5)))[0]
+    assert layer.single is packed
+    taken = []
+    for name in ("plain", "multiplied"):
+        way = getattr(PackedLinear, name)
+        monkeypatch.setattr(PackedLinear, name, lambda self, x, name=name, way=way: taken.append(name) or way(self, x))
+    with torch.inference_mode():
+        for rows in (torch.zeros(7), torch.zeros(1, 7), torch.zeros(1, 1, 7), torch.zeros(2, 7)):
+            layer(rows)
+    assert taken == (["multiplied"] * 4 if packed else ["plain"] * 3 + ["multiplied"])
+
+
+def test_all_layers_of_a_shape_take_turns_with_their_own_weights(monkeypatch):
+    seen = []
+    monkeypatch.setattr(packing, "packed_is_faster", lambda layers: seen.append(len(layers)) or len(layers) > 1)
+    model = pack(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)))
+    assert sorted(seen) == [1, 2] and [layer.single for layer in model] == [True, True, False]
