@@ -58,11 +58,14 @@ def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figur
         axis.set_title(task, loc="left", fontweight="bold")
         axis.set_xlabel(label)
         axis.set_ylim(-0.02, 1.02)
+        axis.set_xlim(0.0, 1.05 * axis.dataLim.x1)  # one budget alone would be spread over the whole width
     axes[0].set_ylabel("questions answered")
     width, height = figure.get_size_inches()
     figure.set_size_inches(width + 2.4, max(height, 0.19 * len(handles) + 1.0))
     figure.suptitle("Questions answered by each way to prune\n", x=0.01, ha="left", fontsize=11.5)
-    figure.text(0.01, 0.935, "solid: learned on the task; *: has seen the questions", fontsize=8.5)
+    # So far below the title in inches, however tall the figure is.
+    below = 1.0 - 0.36 / figure.get_figheight()
+    figure.text(0.01, below, "solid: learned on the task; *: has seen the questions", fontsize=8.5)
     # So many names need a column of their own beside the panels.
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
