@@ -4,6 +4,7 @@ keys stay is said by the attention they got."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class BanditConfig(RankedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        rising = all(low < high for low, high in zip(self.arms, self.arms[1:], strict=False))
+        rising = all(low < high for low, high in pairwise(self.arms))
         if len(self.arms) < 2 or not rising or not self.arms[0] > 0.0 or not self.arms[-1] <= 1.0:
             raise UserError(f"bandit has arms={self.arms}: give at least 2 rising shares above 0 and at most 1")
         if self.units < 1:
