@@ -41,7 +41,7 @@ class Shipped:
     signature: Triton type of each argument that is not a compile-time constant, in order. Pointers, and numbers whose
     name ends in `stride`, are taken to be multiples of 16, as the launcher finds them for ordinary tensors.
     families: where this variant is used; block sizes may differ from one to another.
-    usual: whether `--usual` compiles it too: what most models train and decode with.
+    usual: whether `--usual` compiles it too: what most models train and decode with. `--sample` takes only the first.
     """
 
     name: str
@@ -216,20 +216,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("architecture", nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="kernels whose name contains this")
     parser.add_argument("--usual", action="store_true", help="without the rarer widths, types and ranks")
+    parser.add_argument("--sample", action="store_true", help="of every kernel only the first of the usual variants")
     chosen = parser.parse_args(arguments)
     failed = 0
+    seen: set[tuple[object, str]] = set()
     print(HEADER, flush=True)
     for shipped in collect():
         if chosen.only and not any(text in shipped.name for text in chosen.only):
             continue
-        if chosen.usual and not shipped.usual:
+        if (chosen.usual or chosen.sample) and not shipped.usual:
             continue
         for architecture in sorted(set(chosen.architecture)):
             if ARCHITECTURES[architecture] in shipped.families:
+                if chosen.sample and (shipped.function, architecture) in seen:
+                    continue
+                seen.add((shipped.function, architecture))
                 result = measured(shipped, architecture)
                 failed |= isinstance(result, str)
                 print(line(shipped.name, architecture, result), flush=True)
-    if not (failed or chosen.only or chosen.usual):
+    if not (failed or chosen.only or chosen.usual or chosen.sample):
         for architecture in sorted(set(chosen.architecture)):
             print(sources(architecture))
     return int(failed)

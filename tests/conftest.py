@@ -11,10 +11,14 @@ import os
 import socket
 
 import pytest
+
+# Before any library reads it. Workers side by side would take each other's cores with threads of their own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from jaxtyping import install_import_hook
 
-# Before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 # Without a GPU, Triton kernels run in Python; Triton decides when they are imported.
@@ -32,6 +36,13 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of files that are shared out, those with slow tests first: none is left for one worker alone at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def leaves_machine(kind: socket.SocketKind, address: object) -> bool:

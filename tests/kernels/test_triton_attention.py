@@ -60,9 +60,13 @@ def eager_form(monkeypatch):
     monkeypatch.setitem(kernels.IMPLEMENTATIONS["pruned_attention"], "eager", plain)
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
-@pytest.mark.parametrize("alpha", [1.0, 1.1, 1.5, 2.0, 3.0, 8.0])
-def test_output_alive_and_all_gradients(alpha, n):
+ALPHAS = (1.0, 1.1, 1.5, 2.0, 3.0, 8.0)
+LENGTHS = [(17, alpha) for alpha in ALPHAS] + [(n, alpha) for n in (1, 15, 16, 50) for alpha in (1.0, 3.0)]
+"""Every alpha over a tile and a ragged one; every length with the sigmoid and with a sparse gate."""
+
+
+@pytest.mark.parametrize(("n", "alpha"), LENGTHS)
+def test_output_alive_and_all_gradients(n, alpha):
     assert_close_to_reference(inputs(4, 2, n, 2, torch.float32), alpha, documents(n) if n > 2 else {})
 
 
@@ -71,8 +75,7 @@ def test_grouped_heads(kv_heads):
     assert_close_to_reference(inputs(4, kv_heads, 40, 2, torch.float32), 1.5, {})
 
 
-@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (32, 32)])
-@pytest.mark.parametrize("workspace", [1, 1 << 24])
+@pytest.mark.parametrize(("tile", "workspace"), [((16, 32), 1), ((32, 16), 1), ((32, 32), 1 << 24)])
 def test_tiles_and_passes_change_nothing(tile, workspace, monkeypatch):
     """workspace=1: one row block per pass, so that carries and suffixes go from pass to pass."""
     use_tile(monkeypatch, tile, workspace)
@@ -85,8 +88,7 @@ def test_half_precision(dtype, alpha):
     assert_close_to_reference(inputs(2, 1, 40, 2, dtype), alpha, documents(40))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("beta", [-1.0, 0.3, 4.0])
+@pytest.mark.parametrize(("beta", "seed"), [(-1.0, 0), (0.3, 1), (4.0, 2)])
 def test_most_dropped_few_dropped_and_between(beta, seed):
     assert_close_to_reference(inputs(2, 2, 80, 1, torch.float32, beta=beta, seed=seed), 2.0, {})
 

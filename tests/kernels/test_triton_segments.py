@@ -49,16 +49,14 @@ def mostly_gone(n: int = 128):
     return tensors, {"guard": guard}
 
 
-@pytest.mark.parametrize("beta", [-1.0, 0.5, 2.0])
-@pytest.mark.parametrize("alpha", [1.0, 3.0])
+@pytest.mark.parametrize(("alpha", "beta"), [(3.0, -1.0), (1.0, 0.5), (3.0, 2.0)])
 def test_output_alive_and_all_gradients(alpha, beta):
     """Other keys die in either row of the batch."""
     tensors = problem(beta=beta)
     assert_same(run(tensors, alpha, "triton"), run(tensors, alpha, "reference"), 2e-5)
 
 
-@pytest.mark.parametrize("tile", [(16, 32), (32, 16)])
-@pytest.mark.parametrize("workspace", [1, 1 << 24])
+@pytest.mark.parametrize(("tile", "workspace"), [((16, 32), 1), ((32, 16), 1 << 24)])
 def test_packed_documents_in_all_tiles_and_passes(tile, workspace, monkeypatch):
     use(monkeypatch, 32, tile, workspace)
     tensors, plan = problem(), packed_documents()

@@ -164,7 +164,7 @@ def test_the_best_spread_over_depth_costs_no_more_keys(subject, monkeypatch):
         assert {wrapper.rule.ranking.config.budget.pyramid for wrapper in wrappers(model)} == {slope}
 
 
-def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subject):
+def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subject, monkeypatch):
     """Whatever its heads have learned: keys still go when they came, and a later start finds the same. The first layer
     has one score per token of the vocabulary, so that of an easy task the share is met in steps, from below."""
 
@@ -173,6 +173,7 @@ def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subje
             for wrapper in wrappers(model):
                 wrapper.rule.ranking.scorer.keep.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(seed))
 
+    monkeypatch.setattr("pipelines.policy_study.methods.THRESHOLD_ROWS", 256)
     task, (method,) = subject[0], named(["DMS"])
     model = retrofitted(replace(method, prepare=draw), model_of(subject), task, 0.4, 0)
     found = measure(model, task, 128)
