@@ -42,6 +42,8 @@ class SparsityController:
     """Relative change of gamma per unit of error that lasts a whole training, however many steps that has."""
     proportional: float = 6.0
     """Instant relative change per unit of error."""
+    most: float = 100.0
+    """Highest gamma: where the goal cannot be reached it would rise for ever."""
     smoothed: float | None = None
     """Running mean of the measured sparsity."""
     start: float | None = None
@@ -62,8 +64,8 @@ class SparsityController:
         self.smoothed = measured if self.smoothed is None else 0.5 * self.smoothed + 0.5 * measured
         error = self.goal(progress) - self.smoothed
         passed, self.last = progress - self.last, progress
-        self.gamma = min(100.0, max(1e-3, self.gamma * math.exp(self.integral * passed * error)))
-        return self.gamma * math.exp(self.proportional * error)
+        self.gamma = min(self.most, max(1e-3, self.gamma * math.exp(self.integral * passed * error)))
+        return min(self.most, self.gamma * math.exp(self.proportional * error))
 
 
 @torch.no_grad()

@@ -1,31 +1,15 @@
 // What does a CPU compute when several tokens at once have joined rows that have context? Every key is read once.
 //
 // The tokens are stored already. A row's table is cut into chunks as in native_math.h. First every chunk asks the gates
-// of all queries and lists who is seen by any; then every chunk and key/value head attends, LANES queries side by side
-// in one vector: a key's numbers are spread over the lanes, so no sum is ever taken across one. A query's bits depend
-// on its row alone, neither on the other queries nor on the number of threads.
+// of all queries and lists who is seen by any; then every chunk and key/value head attends, page by page, LANES queries
+// at a time (native_tile.h). A query's bits depend on its row alone, neither on the other queries nor on the number of
+// threads.
 #pragma once
 
 #include "native_math.h"
+#include "native_tile.h"
 
 namespace {
-
-// Queries that are computed side by side.
-constexpr int64_t LANES = 8;
-// Keys whose logits are in flight together, and queries whose outputs are, at most: what registers hold.
-constexpr int64_t KEYS_AT_ONCE = 8, QUERIES_AT_ONCE = 4;
-
-template <typename T>
-struct Vectors {
-  typedef T Lanes __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
-  typedef T Piece __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
-  static constexpr int64_t PIECE = 64 / sizeof(T);
-};
-
-// A slot that some query of its row sees: those from `from` to `to` - 1, counted without padding.
-struct Seen {
-  int32_t place, from, to;
-};
 
 // The queries of one row: how many, and where its lists of columns and steps begin.
 struct Asking {
@@ -49,6 +33,7 @@ struct Extend {
   std::vector<Chunk> chunks;
   Seen* seen;       // of every page of every row
   int32_t* counts;  // how many these are
+  int32_t* partly;  // and how many of them some query of the row does not see
   T* parts;         // per chunk, head and query: largest logit, sum of weights, weighted values
 
   void list(const Chunk& chunk) const {
@@ -58,7 +43,7 @@ struct Extend {
       const int64_t of = chunk.row * most + k, base = table[of] * page;
       const int64_t end = table[of] < 0 ? 0 : std::min(page, row.slots - k * page);
       Seen* found = seen + of * page;
-      int64_t kept = 0;
+      int64_t kept = 0, part_seen = 0;
       for (int64_t i = 0; i < end; ++i) {
         const int32_t at = positions[base + i];
         if (at < 0 || drop_times[base + i] <= now[0]) continue;
@@ -66,9 +51,12 @@ struct Extend {
         int64_t from = 0, to = row.count;
         while (from < to && now[from] < at) ++from;
         while (from < to && now[to - 1] >= drop_times[base + i]) --to;
-        if (from < to) found[kept++] = {int32_t(i), int32_t(from), int32_t(to)};
+        if (from == to) continue;
+        found[kept++] = {int32_t(i), int32_t(from), int32_t(to)};
+        part_seen += from > 0 || to < row.count;
       }
       counts[of] = static_cast<int32_t>(kept);
+      partly[of] = static_cast<int32_t>(part_seen);
     }
   }
 
@@ -94,27 +82,28 @@ struct Extend {
     static thread_local std::vector<T> held;
     const Asking& row = asking[chunk.row];
     const int64_t n_width = WIDTH ? WIDTH : width, groups = heads / kv_heads, asked = groups * row.count;
-    const int64_t tiles = (asked + LANES - 1) / LANES, lanes = tiles * LANES;
-    T* turned = scratch(held, lanes * (2 * n_width + 2) + page * LANES);  // queries, by number and lane
-    T *out = turned + lanes * n_width, *top = out + lanes * n_width, *sum = top + lanes, *weights = sum + lanes;
-    std::fill_n(turned, 2 * lanes * n_width, T(0));
+    const int64_t lanes = (asked + LANES - 1) / LANES * LANES;
+    T* scaled = scratch(held, lanes * (2 * n_width + 2) + page * LANES * (1 + FOLDED));
+    T *out = scaled + lanes * n_width, *top = out + lanes * n_width, *sum = top + lanes, *weights = sum + lanes;
+    std::fill_n(scaled, 2 * lanes * n_width, T(0));
     std::fill_n(top, lanes, LOWEST<T>);
     std::fill_n(sum, lanes, T(0));
     for (int64_t j = 0; j < asked; ++j) {
       const int64_t head = kv_head * groups + j / row.count, column = columns[chunk.row * n + j % row.count];
       const T* from = query + chunk.row * query_row + head * query_head + column * query_token;
-      T* to = turned + j / LANES * LANES * n_width + j % LANES;
-      for (int64_t d = 0; d < n_width; ++d) to[d * LANES] = from[d] * scale;
+      for (int64_t d = 0; d < n_width; ++d) scaled[j * n_width + d] = from[d] * scale;
     }
+    const auto first_of = [&](int64_t of) { return (table[of] * kv_heads + kv_head) * page * n_width; };
     for (int64_t k = chunk.first; k < chunk.last; ++k) {
-      const int64_t of = chunk.row * most + k, base = (table[of] * kv_heads + kv_head) * page * n_width;
+      const int64_t of = chunk.row * most + k;
       if (counts[of] == 0) continue;
-      const T* next = k + 1 < chunk.last && counts[of + 1] ? keys + (table[of + 1] * kv_heads + kv_head) * page * n_width
-                                                           : nullptr;
-      for (int64_t t = 0; t < tiles; ++t)
-        tile<WIDTH>(keys + base, values + base, t == 0 ? next : nullptr, seen + of * page, counts[of], t * LANES,
-                    std::min(LANES, asked - t * LANES), row.count, turned + t * LANES * n_width, weights,
-                    top + t * LANES, sum + t * LANES, out + t * LANES * n_width);
+      const T* next = k + 1 < chunk.last && counts[of + 1] ? keys + first_of(of + 1) : nullptr;
+      const PageOf<T> now{keys + first_of(of), values + first_of(of), seen + of * page, counts[of], partly[of] == 0,
+                          next};
+      for (int64_t t = 0; t < lanes; t += LANES)
+        Tile<T>{n_width, t, std::min(LANES, asked - t), row.count, scaled + t * n_width, top + t, sum + t,
+                out + t * n_width, weights, weights + page * LANES}
+            .template take<WIDTH>(now, t == 0);
     }
     for (int64_t j = 0; j < asked; ++j) {
       T* to = part(chunk, index, kv_head * groups + j / row.count, j % row.count);
@@ -122,112 +111,6 @@ struct Extend {
       to[1] = sum[j];
       std::copy_n(out + j * n_width, n_width, to + 2);
     }
-  }
-
-  // The running softmax of LANES queries, of which `real` are asked, takes in the keys of a page.
-  template <int WIDTH>
-  void tile(const T* page_keys, const T* page_values, const T* next_keys, const Seen* found, int64_t count,
-            int64_t first, int64_t real, int64_t queries, const T* turned, T* weights, T* top, T* sum, T* out) const {
-    using Lanes = typename Vectors<T>::Lanes;
-    const int64_t n_width = WIDTH ? WIDTH : width;
-    for (int64_t i = 0; i < count; i += KEYS_AT_ONCE) {
-      const T* one[KEYS_AT_ONCE];
-      Lanes logits[KEYS_AT_ONCE] = {};
-      for (int64_t j = 0; j < KEYS_AT_ONCE; ++j) {
-        const int64_t place = found[std::min(i + j, count - 1)].place;
-        one[j] = page_keys + place * n_width;
-        fetch(page_values + place * n_width, n_width);
-      }
-      for (int64_t d = 0; d < n_width; ++d) {
-        const Lanes q = *reinterpret_cast<const Lanes*>(turned + d * LANES);
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < KEYS_AT_ONCE; ++j) logits[j] += one[j][d] * q;
-      }
-      for (int64_t j = 0; j < std::min(KEYS_AT_ONCE, count - i); ++j)
-        *reinterpret_cast<Lanes*>(weights + (i + j) * LANES) = logits[j];
-    }
-    const auto unseen = [&](const Seen& key, T instead) {
-      if (key.from == 0 && key.to == queries) return;
-      T* of = weights + (&key - found) * LANES;
-      for (int64_t l = 0; l < LANES; ++l) {
-        const int64_t q = (first + l) % queries;
-        if (q < key.from || q >= key.to) of[l] = instead;
-      }
-    };
-    for (int64_t i = 0; i < count; ++i) unseen(found[i], LOWEST<T>);
-    T less[LANES], highest[LANES];
-    std::copy_n(top, LANES, highest);
-    for (int64_t i = 0; i < count; ++i)
-#pragma omp simd
-      for (int64_t l = 0; l < LANES; ++l)
-        highest[l] = weights[i * LANES + l] > highest[l] ? weights[i * LANES + l] : highest[l];
-    for (int64_t l = 0; l < LANES; ++l) {
-      less[l] = exponential(top[l] - highest[l]);
-      top[l] = highest[l];
-    }
-    for (int64_t i = 0; i < count; ++i)
-#pragma omp simd
-      for (int64_t l = 0; l < LANES; ++l)
-        weights[i * LANES + l] = exponential(weights[i * LANES + l] - highest[l]);
-    for (int64_t i = 0; i < count; ++i) unseen(found[i], T(0));  // a query that has seen nothing yet has no top
-    Lanes total = {};
-    for (int64_t i = 0; i < count; ++i) total += *reinterpret_cast<const Lanes*>(weights + i * LANES);
-    for (int64_t l = 0; l < LANES; ++l) sum[l] = sum[l] * less[l] + total[l];
-    for (int64_t l = 0; l < real; l += QUERIES_AT_ONCE) {
-      const Mixed mixed{page_values, l == 0 ? next_keys : nullptr, found, count, weights + l, less + l, n_width};
-      switch (std::min(QUERIES_AT_ONCE, real - l)) {
-        case 1: mix<1>(mixed, out + l * n_width); break;
-        case 2: mix<2>(mixed, out + l * n_width); break;
-        case 3: mix<3>(mixed, out + l * n_width); break;
-        default: mix<QUERIES_AT_ONCE>(mixed, out + l * n_width);
-      }
-    }
-  }
-
-  // Values of a page, their weights, and how much less those before weigh now.
-  struct Mixed {
-    const T *values, *next_keys;  // of this page; of the next one, which is asked for meanwhile
-    const Seen* found;
-    int64_t count;
-    const T *weights, *less;
-    int64_t width;
-  };
-
-  template <int QUERIES>
-  static void mix(const Mixed& m, T* out) {
-    int64_t d = 0;
-    for (; d + 4 * Vectors<T>::PIECE <= m.width; d += 4 * Vectors<T>::PIECE) mix<QUERIES, 4>(m, d, out + d);
-    for (; d + Vectors<T>::PIECE <= m.width; d += Vectors<T>::PIECE) mix<QUERIES, 1>(m, d, out + d);
-    for (; d < m.width; ++d)
-      for (int64_t q = 0; q < QUERIES; ++q) {
-        T* of = out + q * m.width + d;
-        *of *= m.less[q];
-        for (int64_t i = 0; i < m.count; ++i)
-          *of += m.weights[i * LANES + q] * m.values[m.found[i].place * m.width + d];
-      }
-  }
-
-  // PIECES vectors of the values, weighted, are added to the outputs of so many queries.
-  template <int QUERIES, int PIECES>
-  static void mix(const Mixed& m, int64_t d, T* out) {
-    using Piece = typename Vectors<T>::Piece;
-    Piece held[QUERIES][PIECES];
-#pragma GCC unroll 4
-    for (int64_t q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 4
-      for (int64_t p = 0; p < PIECES; ++p) held[q][p] = reinterpret_cast<const Piece*>(out + q * m.width)[p] * m.less[q];
-    for (int64_t i = 0; i < m.count; ++i) {
-      if (m.next_keys && d == 0) fetch(m.next_keys + i * m.width, m.width);
-      const Piece* value = reinterpret_cast<const Piece*>(m.values + m.found[i].place * m.width + d);
-#pragma GCC unroll 4
-      for (int64_t q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 4
-        for (int64_t p = 0; p < PIECES; ++p) held[q][p] += m.weights[i * LANES + q] * value[p];
-    }
-#pragma GCC unroll 4
-    for (int64_t q = 0; q < QUERIES; ++q)
-#pragma GCC unroll 4
-      for (int64_t p = 0; p < PIECES; ++p) reinterpret_cast<Piece*>(out + q * m.width)[p] = held[q][p];
   }
 
   // The outputs of one head of one row: its chunks put together.
@@ -275,7 +158,8 @@ struct Extend {
       work += row.slots * row.count;
     }
     seen = scratch(lists, rows * most * page);
-    counts = scratch(integers, rows * most);
+    counts = scratch(integers, 2 * rows * most);
+    partly = counts + rows * most;
     parts = scratch(numbers, all * (width + 2));
     const auto n_chunks = static_cast<int64_t>(chunks.size());
     each(n_chunks, gate_query ? work * rank : work, [&](int64_t i) { list(chunks[i]); });

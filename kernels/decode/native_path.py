@@ -29,7 +29,7 @@ NAME = "ctxprune_native"
 SWITCH = "CTXPRUNE_NATIVE"
 """Environment variable; 0: the torch path instead."""
 DTYPES = (torch.float32, torch.float64)
-SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h", "native_gates.h")
+SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h", "native_tile.h", "native_gates.h")
 # OpenMP is torch's own, whose threads are used: it is not linked again. Infinities and NaN keep their meaning.
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 MOST = 1024

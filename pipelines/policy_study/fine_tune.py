@@ -21,6 +21,8 @@ _SHARP_FROM = 0.8  # share of the steps after which the gates are as sharp as th
 _SHARP_ALPHA = 4.0  # from here on soft and hard sparsity differ little, and the hard one is watched
 _WARM_UP, _DECAY = 30, 0.3  # steps; share of them
 _MEASURE_EVERY = 4
+_BETAS = (0.9, 0.98)  # with 0.999 one hard row among solved ones moves a weight threefold, and the model is lost
+_MOST = 1.0  # sparsity weight; a threshold settles the rest
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         {"params": [p for p in model.parameters() if id(p) not in gates], "peak": how.learning_rate},
         {"params": gate_parameters(model), "peak": how.gate_learning_rate},
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=0.0)
-    controller = SparsityController(how.sparsity) if gates and how.sparsity else None
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+    controller = SparsityController(how.sparsity, most=_MOST) if gates and how.sparsity else None
     gamma = controller.gamma if controller else 0.0
     model.train()
     for step in range(how.steps):

@@ -30,7 +30,7 @@ from ctxprune.teachers.future_attention import future_attention
 from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
 from pipelines.policy_study import rewarded
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
-from pipelines.policy_study.measure import measure
+from pipelines.policy_study.measure import Outcome, measure
 from pipelines.policy_study.truncation import columns
 
 Kind = Literal["control", "importance", "attention", "gradient", "taught", "reward", "fine-tuned"]
@@ -141,16 +141,19 @@ def _by_soft_mask(model, task: Task, share: float, seed: int) -> None:
 
 def _best_constant(model, task: Task, share: float, seed: int) -> None:
     """How the same number of keys is best spread over depth: every slope is tried on validation rows, and the same
-    spread holds for all inputs. With two layers these are all there are."""
+    spread holds for all inputs. With two layers these are all there are. Where a layer would keep less than what is
+    protected the others do not make up for it: such a spread costs more, and is not chosen."""
     rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
 
-    def right(slope: float) -> float:
+    def spread(slope: float) -> Outcome:
         for ranking in rankings:
             if ranking is not None:
                 ranking.config = replace(ranking.config, budget=Budget(share=share, pyramid=slope))
-        return measure(model, task, CALIBRATION_ROWS, split="validation").right.mean().item()
+        return measure(model, task, CALIBRATION_ROWS, split="validation")
 
-    right(max(SLOPES, key=right))
+    most, tried = spread(0.0).kept.mean() + 1e-9, {slope: spread(slope) for slope in SLOPES}
+    fair = [slope for slope in SLOPES if tried[slope].kept.mean() <= most]
+    spread(max(fair, key=lambda slope: tried[slope].right.mean().item()))
 
 
 def _fine_tuned_gates(model, task: Task, share: float, seed: int) -> None:

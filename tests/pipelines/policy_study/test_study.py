@@ -164,6 +164,23 @@ def test_the_best_spread_over_depth_costs_no_more_keys(subject, monkeypatch):
         assert {wrapper.rule.ranking.config.budget.pyramid for wrapper in wrappers(model)} == {slope}
 
 
+def test_a_spread_that_keeps_more_is_not_the_best_constant(subject, monkeypatch):
+    """Where one layer would keep less than its protected keys, however much more that answers."""
+    task = subject[0]
+    (method,) = named(["H2O, best constant"])
+
+    def more_is_better(*args, **kwargs):
+        found = measure(*args, **kwargs)
+        return replace(found, right=found.kept)
+
+    monkeypatch.setattr("pipelines.policy_study.methods.measure", more_is_better)
+    monkeypatch.setattr("pipelines.policy_study.methods.SLOPES", (0.0, 0.9))
+    model = retrofitted(method, model_of(subject), task, 0.09, 0)
+    assert {wrapper.rule.ranking.config.budget.pyramid for wrapper in wrappers(model)} == {0.0}
+    found = measure(model, task, 64)
+    assert torch.allclose(found.kept, torch.full_like(found.kept, 3 / 32))
+
+
 def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subject, monkeypatch):
     """Whatever its heads have learned: keys still go when they came, and a later start finds the same. The first layer
     has one score per token of the vocabulary, so that of an easy task the share is met in steps, from below."""
