@@ -138,11 +138,14 @@ class GenerationConfig:
 
 @dataclass
 class HiddenConfig:
-    """Classifying long texts for benchmark target=hidden: an encoder trained from scratch on files of yours, then
-    fine-tuned alike, dense, with tokens leaving its residual stream, and on shorter texts."""
+    """Classifying long texts, or finding names in them, for benchmark target=hidden: an encoder trained from scratch on
+    files of yours, then fine-tuned alike, dense, with tokens leaving its residual stream, and on shorter texts."""
 
+    task: str = "classes"
+    """classes (of whole texts) or entities (a tag for each word; sentences are joined into rows)."""
     train_file: str | None = None
-    """Lines of text, tab, label; whatever labels stand there are the classes."""
+    """Lines of text, tab, label; whatever labels stand there are the classes. Entities: lines of word, tab, tag (O,
+    B-kind, I-kind), a blank line after each sentence."""
     test_file: str | None = None
     """The same for testing; empty: one text in 20 of train_file, which is not trained on."""
     judged_on: str = "test"
@@ -152,7 +155,7 @@ class HiddenConfig:
     vocab: int = 2048
     """Entries of that BPE."""
     tokens: int = 1024
-    """Tokens per row: longer texts are cut, shorter ones left out."""
+    """Tokens per row: longer texts are cut, shorter ones left out; sentences of entities are joined."""
     layers: int = 6
     """Layers of the encoder (BERT)."""
     width: int = 128

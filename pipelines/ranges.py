@@ -122,6 +122,7 @@ WORDS = {
     "gradients.parts": ("worth", "cost"),
     "kernels.operations": ("training", "prefill", "decoding"),
     "kernels.dtype": ("float32", "bfloat16", "float16"),
+    "hidden.task": ("classes", "entities"),
     "hidden.judged_on": ("test", "validation"),
     "tracking.mode": ("offline", "online", "off"),
     "format": ("text", "json"),

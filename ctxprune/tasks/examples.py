@@ -46,8 +46,8 @@ def table(file: str, labels: tuple[str, ...] | None) -> Iterator[Example]:
         yield Example(text.strip(), label.strip())
 
 
-def column_of_words(file: str, labels: tuple[str, ...]) -> Iterator[Example]:
-    """CoNLL: lines of word, tab, one of `labels`; a blank line ends a sentence."""
+def column_of_words(file: str, labels: tuple[str, ...] | None) -> Iterator[Example]:
+    """CoNLL: lines of word, tab, one of `labels` (None: any); a blank line ends a sentence."""
     words: list[str] = []
     tags: list[str] = []
     for number, line in [*_lines(file), (0, "")]:
@@ -55,7 +55,8 @@ def column_of_words(file: str, labels: tuple[str, ...]) -> Iterator[Example]:
             word, _, tag = line.partition("\t")
             if not word.strip() or not tag.strip() or "\t" in tag:
                 raise _broken(file, number, "is not a word, a tab and a tag")
-            _known(file, number, tag.strip(), labels)
+            if labels is not None:
+                _known(file, number, tag.strip(), labels)
             words.append(word.strip())
             tags.append(tag.strip())
         elif words:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ctxprune.batches import IGNORED
 from ctxprune.tasks.scoring import paired_bootstrap
 from pipelines import output
 from pipelines.config import Config, HiddenConfig
-from pipelines.hidden_benchmark import clock, lines, training
+from pipelines.hidden_benchmark import clock, entities, lines, training
 from pipelines.hidden_benchmark.method import Method, methods
 from pipelines.hidden_benchmark.rows import Rows, rows_of
 from pipelines.machine import machine, versions
@@ -44,29 +45,38 @@ def main(config: Config) -> int:
 def described(settings: HiddenConfig, rows: Rows) -> dict[str, object]:
     """What is classified, and what saying the most frequent class always would get right."""
     judged = rows.classes[settings.judged_on]
+    judged = judged[judged != IGNORED]
     return {
         "labels": rows.labels,
         "rows": {split: len(ids) for split, ids in rows.ids.items()},
         "left_out": rows.left_out,
         "most_frequent": judged.bincount().max().item() / len(judged),
         "vocab_size": rows.vocab_size,
-        **{name: getattr(settings, name) for name in ("judged_on", "tokens", "base_steps", "steps", "batch")},
+        **{name: getattr(settings, name) for name in ("task", "judged_on", "tokens", "base_steps", "steps", "batch")},
     }
 
 
 def judgement(method: Method, dense: Method, scores: dict[str, Tensor], folder: Path) -> dict[str, object]:
-    """Accuracy, and how much above (or below) dense on the same rows, with its 95 % interval.
+    """Accuracy, and how much above (or below) dense on the same rows, with its 95 % interval: of F1 where names are
+    found; accuracy is then that of words' tags.
 
     It is that of drawing other rows, not of training again, for which there is hidden.seed.
     """
-    difference, low, high = paired_bootstrap(scores[method.name], scores[dense.name])
+    mine, theirs = scores[method.name], scores[dense.name]
+    if mine.ndim > 1:
+        accuracy, more = (mine[:, 3].sum() / mine[:, 4].sum()).item(), {"f1": entities.f1(mine).item()}
+        difference, low, high = entities.bootstrap(mine, theirs)
+    else:
+        accuracy, more = mine.mean().item(), {}
+        difference, low, high = paired_bootstrap(mine, theirs)
     return {
         "method": method.name,
         "tokens": method.tokens,
         "kept": list(method.kept),
         "flops": method.flops,
         "flops_of_dense": method.flops / dense.flops,
-        "accuracy": scores[method.name].mean().item(),
+        "accuracy": accuracy,
+        **more,
         "against_dense": difference,
         "against_dense_low": low,
         "against_dense_high": high,

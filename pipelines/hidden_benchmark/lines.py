@@ -6,13 +6,16 @@ from __future__ import annotations
 def data(record: dict) -> str:
     """What is classified by what, and titles above the lines on accuracy."""
     rows, short = record["rows"], sum(record["left_out"].values())
+    tags = record["task"] == "entities"
+    kinds, gone = ("tags", "longer sentences") if tags else ("classes", "shorter texts")
+    measure = f"{'F1':>6}  {'words':>6}" if tags else f"{'right':>6}"
     return (
-        f"{len(record['labels'])} classes, {rows['train']} rows to train on and {rows[record['judged_on']]} of the "
-        f"{record['judged_on']} split, {record['tokens']} tokens each; {short} shorter texts left out; always the most "
-        f"frequent class: {record['most_frequent']:.1%}\n"
+        f"{len(record['labels'])} {kinds}, {rows['train']} rows to train on and {rows[record['judged_on']]} of the "
+        f"{record['judged_on']} split, {record['tokens']} tokens each; {short} {gone} left out; always the most "
+        f"frequent {'tag' if tags else 'class'}: {record['most_frequent']:.1%}\n"
         f"BERT, {record['parameters'] / 1e6:.1f} M parameters; from scratch {record['base_steps']} steps, then "
         f"{record['steps']} of {record['batch']} rows for each method\n"
-        f"{'method':<22} {'right':>6}  {'points to dense, 95 %':<24} {'FLOPs':>6}  tokens by layer"
+        f"{'method':<22} {measure}  {'points to dense, 95 %':<24} {'FLOPs':>6}  tokens by layer"
     )
 
 
@@ -22,7 +25,8 @@ def accuracy(record: dict) -> str:
         *(100 * record[name] for name in ("against_dense", "against_dense_low", "against_dense_high"))
     )
     kept = " ".join(map(str, record["kept"]))
-    return f"{record['method']:<22} {record['accuracy']:>6.1%}  {beside:<24} {record['flops_of_dense']:>5.2f}x  {kept}"
+    right = f"{record['f1']:>6.1%}  {record['accuracy']:>6.1%}" if "f1" in record else f"{record['accuracy']:>6.1%}"
+    return f"{record['method']:<22} {right}  {beside:<24} {record['flops_of_dense']:>5.2f}x  {kept}"
 
 
 def prefill(record: dict) -> str:

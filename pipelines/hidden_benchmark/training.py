@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForTokenClassification
 
+from ctxprune.batches import IGNORED
 from ctxprune.hidden_pruning import prune_hidden, release_hidden
 from pipelines import store
 from pipelines.benchmark_config import HiddenConfig
+from pipelines.hidden_benchmark.entities import counted
 from pipelines.hidden_benchmark.flops import EXPANSION
 from pipelines.hidden_benchmark.method import Method
 from pipelines.hidden_benchmark.rows import Rows
@@ -33,7 +35,8 @@ JUDGED_TOGETHER = 8
 """Rows per pass when accuracy is measured."""
 Advance = Callable[[int], None]
 Drawn = tuple[Tensor, Tensor | None, Tensor]
-"""Token ids [batch, n], their positions in the row [batch, n] (None: 0, 1, ...) and classes [batch]."""
+"""Token ids [batch, n], their positions in the row [batch, n] (None: 0, 1, ...) and classes [batch], or
+[batch, n] where words have tags."""
 
 
 def base_inputs(settings: HiddenConfig, rows: Rows) -> dict:
@@ -78,8 +81,8 @@ def fine_tuned(root: Path, settings: HiddenConfig, rows: Rows, method: Method, s
 
 def right(
     root: Path, settings: HiddenConfig, rows: Rows, method: Method, folder: Path, advance: Advance
-) -> Float[Tensor, " rows"]:
-    """1 for each row of the split judged on that the method classifies rightly, else 0."""
+) -> Float[Tensor, rows * counts]:
+    """1 for each row of the split judged on that the method classifies rightly, else 0; of tags what was `counted`."""
 
     def make(staged: Path) -> None:
         found = judged(loaded(folder, method), rows, settings.judged_on, method.tokens, advance)
@@ -108,7 +111,7 @@ def pieces(settings: HiddenConfig, rows: Rows, step: int) -> Drawn:
     row = torch.from_numpy(generator.integers(len(ids), size=(settings.base_batch, 1)))
     begin = torch.from_numpy(generator.integers(1, most - size + 2, size=(settings.base_batch, 1)))
     column = torch.cat([torch.zeros_like(begin), begin + torch.arange(size - 1)], 1)
-    return ids[row, column], column, classes[row[:, 0]]
+    return ids[row, column], column, classes[row, column] if classes.ndim > 1 else classes[row[:, 0]]
 
 
 def whole(settings: HiddenConfig, rows: Rows, step: int, tokens: int) -> Drawn:
@@ -120,13 +123,14 @@ def whole(settings: HiddenConfig, rows: Rows, step: int, tokens: int) -> Drawn:
         for epoch in set((visits // len(ids)).tolist())
     }
     row = torch.tensor([orders[visit // len(ids)][visit % len(ids)] for visit in visits.tolist()])
-    return ids[row, :tokens], None, classes[row]
+    return ids[row, :tokens], None, classes[row, :tokens] if classes.ndim > 1 else classes[row]
 
 
 def train(
     model: BertForTokenClassification, draw: Callable[[int], Drawn], steps: int, peak: float, advance: Advance
 ) -> list[float]:
-    """AdamW on the cross-entropy of rows' classes; the loss of each step, in nats. The model ends in eval mode."""
+    """AdamW on the cross-entropy of rows' classes or words' tags; the loss of each step, in nats. The model ends in
+    eval mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     rising, losses = max(1, round(WARM_UP * steps)), []
     model.train()
@@ -134,7 +138,11 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
         ids, positions, classes = draw(step)
-        loss = cross_entropy(said(model, ids, positions), classes)
+        if classes.ndim > 1:
+            told = model(input_ids=ids, position_ids=positions).logits
+            loss = cross_entropy(told.flatten(0, 1), classes.flatten(), ignore_index=IGNORED)
+        else:
+            loss = cross_entropy(said(model, ids, positions), classes)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -152,13 +160,18 @@ def said(model, ids: Int64[Tensor, "batch n"], positions: Tensor | None = None) 
 
 
 @torch.inference_mode()
-def judged(model, rows: Rows, split: str, tokens: int, advance: Advance) -> Float[Tensor, " rows"]:
-    """1 for each row of the split whose class the model says, else 0."""
+def judged(model, rows: Rows, split: str, tokens: int, advance: Advance) -> Float[Tensor, rows * counts]:
+    """1 for each row of the split whose class the model says, else 0; where words have tags what was `counted`."""
     found: list[Tensor] = []
     for ids, classes in zip(
         rows.ids[split].split(JUDGED_TOGETHER), rows.classes[split].split(JUDGED_TOGETHER), strict=True
     ):
-        found.append((said(model, ids[:, :tokens]).argmax(-1) == classes).float())
+        if classes.ndim > 1:
+            told = model(input_ids=ids[:, :tokens]).logits.argmax(-1)
+            rights = [counted(*row, rows.labels) for row in zip(ids, classes, told, strict=True)]
+            found.append(torch.tensor(rights).float())
+        else:
+            found.append((said(model, ids[:, :tokens]).argmax(-1) == classes).float())
         advance(len(found) * JUDGED_TOGETHER)
     return torch.cat(found)
 
