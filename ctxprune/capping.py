@@ -45,7 +45,8 @@ def enforce(
         score = (score / tie).round()
     else:
         score = position.double()
-    excess = alive.sum(1) + (step >= 0) - cap
+    # A row without a token of this step (padding) holds what it held: free slots count as alive before time 0.
+    excess = (alive.sum(1) + 1 - cap).masked_fill(step < 0, 0)
     if not bool((excess > 0).any()):
         return
     candidate = alive & (guard <= now)

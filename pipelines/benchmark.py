@@ -4,7 +4,8 @@ target=kernels times one attention layer against its peers instead (pipelines.ke
 models that write text, beside other engines (pipelines.generation_benchmark), target=feedback what the loops that
 correct a pruned model buy (pipelines.feedback_benchmark), target=gradients what pruning by gradients is worth and costs
 (pipelines.gradient_benchmark), target=hidden how long texts are classified when tokens leave the residual stream
-(pipelines.hidden_benchmark).
+(pipelines.hidden_benchmark), target=cascade whether asking with few keys first meets the risk that it states
+(pipelines.cascade_benchmark).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from ctxprune import checkpoint
 from ctxprune.packing import pack
 from pipelines import (
+    cascade_benchmark,
     feedback_benchmark,
     generation_benchmark,
     gradient_benchmark,
@@ -39,6 +41,8 @@ def main(config: Config, overrides: list[str]) -> int:
         return gradient_benchmark.main(config, overrides)
     if config.benchmark.target == "hidden":
         return hidden_benchmark.main(config)
+    if config.benchmark.target == "cascade":
+        return cascade_benchmark.main(config)
     folder = trained(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:

@@ -12,7 +12,7 @@ class BenchmarkConfig:
     generation beside other engines, or the classification of long texts."""
 
     target: str = "decoding"
-    """decoding, feedback or gradients (of checkpoint=FOLDER), kernels, generation or hidden."""
+    """decoding, feedback or gradients (of checkpoint=FOLDER), kernels, generation, hidden or cascade."""
     batch: int = 32
     """Sequences decoded together."""
     prompt: int = 128
@@ -33,6 +33,29 @@ class FeedbackConfig:
     """Drafts per round of the lossless mode; 0: as many as pay at the acceptance so far."""
     packed: bool = True
     """On a CPU, multiply by packed weights (ctxprune.pack), pruned and dense alike."""
+
+
+@dataclass
+class CascadeConfig:
+    """What benchmark target=cascade measures: questions about one fact each, asked of the study's small model of recall
+    (trained for study.steps) with few keys first, lowest learned gates gone."""
+
+    budgets: list[int] = field(default_factory=lambda: [4, 8, 16])
+    """Live tokens per layer of the first stage, each a cascade of its own; its second stage has twice as many."""
+    risks: list[float] = field(default_factory=lambda: [0.01, 0.05, 0.1])
+    """Stated risks: shares of the questions that may be answered by few keys and otherwise than by all, in (0, 1)."""
+    confidence: float = 0.95
+    """How surely a calibration meets its risk, over the drawing of its questions, in (0, 1)."""
+    draws: int = 20
+    """Disjoint draws of validation questions, each calibrated on and judged for itself."""
+    questions: int = 1000
+    """Questions per draw, each about a context of its own."""
+    judged: int = 5000
+    """Test questions that every calibration is judged on."""
+    share: float = 0.25
+    """Share of the context's keys that the gates are taught to keep."""
+    seed: int = 0
+    """Of the small model and its gates."""
 
 
 @dataclass

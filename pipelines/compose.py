@@ -271,6 +271,8 @@ def _require_checkpoint(verb: str, config: Config) -> None:
     if verb == "benchmark" and config.benchmark.target == "hidden":
         checks.check_long_texts(config)
         return
+    if verb == "benchmark" and config.benchmark.target == "cascade":
+        return
     if not folder:
         raise UserError("which model? give checkpoint=FOLDER, written by train or sweep")
     if not Path(folder).is_dir():

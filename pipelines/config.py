@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.benchmark_config import (
     BenchmarkConfig,
+    CascadeConfig,
     FeedbackConfig,
     GenerationConfig,
     GradientsConfig,
@@ -233,6 +234,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

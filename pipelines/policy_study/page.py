@@ -103,10 +103,12 @@ def _caption(name: str) -> str:
 
 
 def _table(made: list[dict]) -> str:
-    side = {name: "" if form.startswith(">") else ' class="name"' for name, form, _ in table.COLUMNS}
+    # What no row of it knows is left out: the page is narrower than the whole table.
+    columns = [column for column in table.COLUMNS if any(column[2](row) for row in made)]
+    side = {name: "" if form.startswith(">") else ' class="name"' for name, form, _ in columns}
     head = "".join(f'<th scope="col"{side[name]}>{escape(name)}</th>' for name in side)
     body = "".join(
-        "<tr>" + "".join(f"<td{side[name]}>{escape(say(row))}</td>" for name, _, say in table.COLUMNS) + "</tr>"
+        "<tr>" + "".join(f"<td{side[name]}>{escape(say(row) or '-')}</td>" for name, _, say in columns) + "</tr>"
         for row in made
     )
     region = '<div class="scroll" tabindex="0" role="region" aria-label="Table of results">'

@@ -11,7 +11,9 @@ from pipelines.policy_study.table import LEARNED, rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#888888", "#000000", "#8C6D31", "#6A3D9A")
+TEXT = "text"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#888888", TEXT, "#8C6D31", "#9467BD")
+"""TEXT: that of the paper, black on white; on dark paper black could not be seen, nor could a darker violet."""
 MARKERS = "os^vPXD*<>h"
 AXES = {
     "answers_vs_kept.png": ("kept", "share of the context's keys that stay"),
@@ -41,7 +43,8 @@ def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figur
     figure, axes = panels(len(tasks))
     handles = []
     for place, method in enumerate(methods):
-        look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+        colour = COLOURS[place % len(COLOURS)]
+        look = {"color": ink.text if colour == TEXT else colour, "marker": MARKERS[place % len(MARKERS)]}
         learned = {row["decides"] for row in made if row["method"] == method} & set(LEARNED)
         look |= {"linewidth": 1.8 if learned else 1.0, "linestyle": "-" if learned else (0, (3, 2)), "markersize": 4}
         handles.append(swatch(method, **look))

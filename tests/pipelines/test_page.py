@@ -171,3 +171,18 @@ def test_each_machine_is_named_once():
 def test_one_seed_is_admitted():
     assert "one seed" in page.repeats(table.rows([result("a", seed=0)]))
     assert "one seed" not in page.repeats(table.rows([result("a", seed=0), result("b", seed=1)]))
+
+
+def test_wide_tables_and_plots_scroll_inside_the_page_and_are_whole_on_paper():
+    html = written([DENSE, whole("l")])
+    assert re.search(r'<div class="scroll" tabindex="0"[^>]*><table>', html)
+    screen, paper = html.split("@media print")
+    for rule in (".scroll { overflow-x: auto; }", "picture { display: block; overflow-x: auto; }"):
+        assert rule in screen
+    assert ".scroll, picture { overflow: visible; }" in paper
+    assert re.search(r"\.scroll td:first-child \{ position: sticky; left: 0;", screen), "names stay in sight"
+
+
+def test_a_section_s_title_is_larger_than_one_inside_it():
+    sizes = dict(re.findall(r"\n(h[123]) \{[^}]*font-size: ([\d.]+)rem", written([DENSE])))
+    assert float(sizes["h1"]) > float(sizes["h2"]) > float(sizes["h3"])

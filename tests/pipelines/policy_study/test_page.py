@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ctxprune.errors import UserError
-from pipelines.policy_study import losses, page, table
+from pipelines.canvas import DARK, LIGHT
+from pipelines.policy_study import losses, page, plots, table
 from pipelines.report import report
 from tests.pipelines.test_page import Reader
 
@@ -120,3 +121,29 @@ def test_a_file_that_holds_no_study_is_refused_in_one_line(tmp_path, line):
     with pytest.raises(UserError, match=r"points\.jsonl.* run the study again") as caught:
         report(tmp_path, json_lines=False, out=io.StringIO())
     assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
+
+
+def test_columns_that_no_row_knows_are_left_out_and_gaps_are_dashes():
+    made = [record("H2O", "attention", 0.8, token_of_dense=1.2), record("agent", "reward", 0.9)]
+    html = page.sections(made, {})
+    assert ">token</th>" in html and ">reading</th>" not in html and ">precision</th>" not in html
+    assert "<td>1.20x</td>" in html and "<td>-</td>" in html and "<td></td>" not in html
+
+
+@pytest.mark.parametrize("ink", [LIGHT, DARK], ids=["light", "dark"])
+def test_every_line_of_a_plot_stands_out_from_its_paper(ink):
+    """WCAG's contrast ratio; 3 is its least for graphics, and the paler colours of the palette miss it on white."""
+    made = table.rows([record(f"way {place}", "control", place / 20) for place in range(len(plots.COLOURS))])
+    (axis,) = plots.answers(made, "kept", "kept", ink).axes
+    lines = {line.get_color() for line in axis.get_lines()} - {"none"}
+    paper = luminance(ink.paper)
+    for colour in lines:
+        low, high = sorted((luminance(colour), paper))
+        assert (high + 0.05) / (low + 0.05) >= 2.2, f"{colour} on {ink.paper}"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
