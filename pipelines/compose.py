@@ -22,6 +22,7 @@ READS_CHECKPOINT = ("evaluate", "benchmark", "generate")
 # Text is taken as it stands: a prompt may hold brackets and commas, which Hydra's grammar would read as lists.
 LITERAL = ("generate.prompt", "generate.checkpoint", "kernels.checkpoint", "generation.checkpoint")
 LITERAL += ("hidden.train_file", "hidden.test_file", "hidden.tokenizer", "runs")
+LITERAL += ("study.train_file", "study.test_file")
 CODE = re.compile(r"_(target|partial|args|recursive|convert)_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -228,6 +229,9 @@ def _absolute_paths(config: Config) -> None:
         given = getattr(config.hidden, name)
         if given and (name != "tokenizer" or Path(given).expanduser().is_dir()):  # else a hub id
             setattr(config.hidden, name, str(Path(given).expanduser().absolute()))
+    for name in ("train_file", "test_file"):
+        if given := getattr(config.study, name):
+            setattr(config.study, name, str(Path(given).expanduser().absolute()))
     for holder in (config.generate, config.kernels, config.generation):
         if holder.checkpoint:
             holder.checkpoint = str(Path(holder.checkpoint).expanduser().absolute())

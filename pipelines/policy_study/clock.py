@@ -21,7 +21,7 @@ from ctxprune.ranked_calls import Decisions
 from ctxprune.retrofitting import state_of
 from ctxprune.tasks.task import TaskBatch
 from pipelines import store
-from pipelines.policy_study import jobs
+from pipelines.policy_study import jobs, texts
 from pipelines.policy_study.config import StudyConfig
 from pipelines.policy_study.methods import Method, restored
 from pipelines.policy_study.truncation import cut
@@ -35,17 +35,20 @@ Key = tuple[str, str, float]
 Subjects = dict[str, tuple[torch.nn.Module, Method | None]]
 
 
-def timed(study: StudyConfig, methods: list[Method], root: Path, bars: Bars) -> dict[Key, dict[str, float | None]]:
+def timed(
+    study: StudyConfig, kept: dict[str, str | None], methods: list[Method], root: Path, bars: Bars
+) -> dict[Key, dict[str, float | None]]:
     """By (task, method, share), on the first seed's model: ms to read the contexts and ms per later token, each of
     ROWS sequences together and as a multiple of dense in the same round; ms of these that went into deciding; live
-    cache bytes over those of dense. At the smallest share what `longer` says too."""
+    cache bytes over those of dense. At the smallest share what `longer` says too. kept: each task's rows, see texts."""
     found: dict[Key, dict[str, float | None]] = {}
     done = 0
     with bars.task("timing (methods)", len(study.tasks) * len(methods) * (len(study.shares) + 1)) as advance:
         for name in study.tasks:
-            rows = tasks.from_dict({"task": name}).batch("test", 1, 0, ROWS)
+            inputs = jobs.model_inputs(name, study.steps, study.seeds[0], kept[name])
+            rows = texts.restored(root, inputs["task"]).batch("test", 1, 0, ROWS)
             for share in sorted(study.shares, reverse=True):
-                subjects = _subjects(study, methods, root, name, share)
+                subjects = _subjects(study, methods, root, inputs, share)
                 rounds = _rounds(subjects, rows, share, study.repeats)
                 dense = rounds.pop("dense")
                 found |= {(name, label, share): _beside(one, dense) for label, one in rounds.items()}
@@ -91,9 +94,8 @@ def since(lengths: list[int], slower: list[bool]) -> float | None:
     return None if last == len(lengths) - 1 else float(lengths[last + 1])
 
 
-def _subjects(study: StudyConfig, methods: list[Method], root: Path, name: str, share: float) -> Subjects:
-    """The first seed's models, dense first: of each method the one that was measured."""
-    inputs = jobs.model_inputs(name, study.steps, study.seeds[0])
+def _subjects(study: StudyConfig, methods: list[Method], root: Path, inputs: dict, share: float) -> Subjects:
+    """The first seed's models, dense first: of each method the one that was measured. inputs: of the small model."""
     subjects: Subjects = {"dense": (ctxprune.retrofit(jobs.small(root, inputs), DenseConfig()), None)}
     for method in methods:
         point = store.folder_of(

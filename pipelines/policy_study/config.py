@@ -10,7 +10,12 @@ class StudyConfig:
     """Every way to prune on small models that answer questions: tasks x methods x shares x seeds."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of ctxprune.tasks whose truth is known; empty: the sweep is one of language models."""
+    """Names of ctxprune.tasks whose truth is known, or agnews or sst2 of files; empty: the sweep is one of language
+    models."""
+    train_file: str | None = None
+    """Lines of text, tab, label, for a task of files: learned from, with a part held out to set thresholds on."""
+    test_file: str | None = None
+    """The same to measure on; null: a part of train_file that is not learned from."""
     methods: list[str] = field(default_factory=list)
     """Names from the table; empty: all of them."""
     shares: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import ctxprune
-from ctxprune import tasks
 from ctxprune.policies import DenseConfig
 from ctxprune.tasks.scoring import paired_bootstrap, pearson
 from pipelines import store
-from pipelines.policy_study import small_model
+from pipelines.policy_study import small_model, texts
 from pipelines.policy_study.measure import Outcome, measure, predictions
 from pipelines.policy_study.methods import named, retrofitted
 
@@ -28,9 +27,10 @@ FORMAT = 3
 SHAPE = small_model.Shape()
 
 
-def model_inputs(task: str, steps: int, seed: int) -> dict:
-    """What a small model depends on."""
-    return {"format": FORMAT, "task": {"task": task}, "shape": asdict(SHAPE), "steps": steps, "seed": seed}
+def model_inputs(task: str, steps: int, seed: int, rows: str | None = None) -> dict:
+    """What a small model depends on. rows: of a task of files, what texts.rows_of names."""
+    values = {"task": task} if rows is None else {"task": task, "rows": rows}
+    return {"format": FORMAT, "task": values, "shape": asdict(SHAPE), "steps": steps, "seed": seed}
 
 
 def point_inputs(model: dict, method: str, share: float, rows: int, seconds: float | None = None) -> dict:
@@ -44,7 +44,7 @@ def make_model(root: str, inputs: dict) -> None:
     """Train the small model, unless that is done."""
 
     def make(staged: Path) -> None:
-        task = tasks.from_dict(inputs["task"])
+        task = texts.restored(Path(root), inputs["task"])
         model = small_model.train(task, SHAPE, inputs["steps"], inputs["seed"])
         model.save_pretrained(staged / "model")
         right = small_model.row_scores(model, task).mean().item()
@@ -67,7 +67,8 @@ def small(root: Path, inputs: dict):
 
 
 def _measured(root: Path, inputs: dict, staged: Path) -> None:
-    task, rows, (method,) = tasks.from_dict(inputs["model"]["task"]), inputs["rows"], named([inputs["method"]])
+    task, (method,) = texts.restored(root, inputs["model"]["task"]), named([inputs["method"]])
+    rows = inputs["rows"]
     whole = ctxprune.retrofit(small(root, inputs["model"]), DenseConfig())
     dense, said = measure(whole, task, rows), predictions(whole, task, rows)
     seed, seconds, notes = inputs["model"]["seed"], inputs.get("seconds"), {}

@@ -37,7 +37,7 @@ Kind = Literal["control", "importance", "attention", "gradient", "taught", "rewa
 SINKS, RECENT = 1, 1
 """What every way protects here: START, and the token before the questions."""
 LAST = 16
-"""Last tokens of the context whose predictions stand for the unknown questions (gradients)."""
+"""Last tokens of the context whose predictions stand for the unknown questions (gradients): half of a short one."""
 LESSONS, LESSON_ROWS = 400, 32
 SLOPES = tuple(place / 10 for place in range(-9, 10))
 """Ways to spread a budget over depth that the best constant is chosen from."""
@@ -59,7 +59,7 @@ class Method:
     batch needs. adaptive: the budget is the mean over inputs (a threshold set on validation rows), otherwise every
     input keeps the same share. aware: has seen the questions when it decides: not possible in use, so these stand
     apart. shown: the columns that the model is given, by batch and share. limited: prepare also takes how many seconds
-    it may last."""
+    it may last. told: needs a task that knows its truth."""
 
     name: str
     kind: Kind
@@ -70,6 +70,7 @@ class Method:
     aware: bool = False
     shown: Callable[[TaskBatch, float], Tensor] | None = None
     limited: bool = False
+    told: bool = False
 
 
 def retrofitted(
@@ -181,7 +182,7 @@ def _truth(model, batch: TaskBatch) -> AbstractContextManager:
 def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextManager]:
     def around(model, batch: TaskBatch) -> AbstractContextManager:
         end = batch.end
-        split = end if aware else end - LAST
+        split = end if aware else end - min(LAST, end // 2)
         context = read(model, batch.input_ids[:, :split])
         follows = batch.input_ids[:, split:] if aware else batch.input_ids[:, split:end]
         scores = edge_gradients(model, context, follows)
@@ -281,7 +282,7 @@ METHODS = (
     Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True),
     Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
-    Method("oracle", "control", _ranked("given"), around=_truth, aware=True),
+    Method("oracle", "control", _ranked("given"), around=_truth, aware=True, told=True),
 )
 """All of them, those that know the questions last."""
 

@@ -13,7 +13,7 @@ from ctxprune.errors import UserError
 from pipelines import cluster, compose, output, store
 from pipelines.config import Config
 from pipelines.machine import machine, versions
-from pipelines.policy_study import clock, jobs, plots, table
+from pipelines.policy_study import clock, jobs, plots, table, texts
 from pipelines.policy_study.methods import Method, named
 from pipelines.progress import Bars
 
@@ -25,12 +25,13 @@ def main(config: Config, overrides: list[str]) -> int:
             raise UserError(f"{item.input_line}: a study takes lists, e.g. study.shares=[0.5,0.25]")
     methods = checked(config)
     root, folder = Path(config.runs) / "store", Path(config.runs) / config.sweep.name
+    rows = {name: texts.rows_of(root, config.study, name) for name in config.study.tasks}
     with Bars() as bars, store.locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        failures = _made(config, methods, root, bars)
-        records = collect(config, methods, root)
+        failures = _made(config, rows, methods, root, bars)
+        records = collect(config, rows, methods, root)
         if config.study.repeats and records:
-            times = clock.timed(config.study, methods, root, bars)
+            times = clock.timed(config.study, rows, methods, root, bars)
             for record in records:
                 record |= times.get((record["task"], record["method"], record["share"]), {})
     base = {"kind": "policies", "machine": machine(), "versions": versions()}
@@ -51,23 +52,30 @@ def checked(config: Config) -> list[Method]:
     for name in study.tasks:
         if name not in tasks.TASKS:
             tasks.from_dict({"task": name})  # refuses it, with the nearest
-        if tasks.TASKS[name] not in tasks.SYNTHETIC:
-            known = ", ".join(one.name for one in tasks.SYNTHETIC)
-            raise UserError(f"study.tasks has {name!r}, which is read from files: the study trains on one of {known}")
+    texts.check(study)
     for name in ("shares", "seeds"):
         if not getattr(study, name):
             raise UserError(f"study.{name} is empty: list at least one")
-    return named(study.methods)
+    methods = named(study.methods)
+    for name in study.tasks:
+        if not possible(name, methods):
+            raise UserError(f"study.methods has nothing that is possible for {name}: nobody knows what its texts need")
+    return methods
 
 
-def collect(config: Config, methods: list[Method], root: Path) -> list[dict]:
-    """A record per finished point, in the order of the table."""
+def possible(task: str, methods: list[Method]) -> list[Method]:
+    """Those that do not need a truth which the task does not know."""
+    return [method for method in methods if not (method.told and texts.from_files(task))]
+
+
+def collect(config: Config, rows: dict[str, str | None], methods: list[Method], root: Path) -> list[dict]:
+    """A record per finished point, in the order of the table. rows: of each task, see texts."""
     study, records = config.study, []
     for task in study.tasks:
         for share in study.shares:
-            for method in methods:
+            for method in possible(task, methods):
                 for seed in study.seeds:
-                    model = jobs.model_inputs(task, study.steps, seed)
+                    model = jobs.model_inputs(task, study.steps, seed, rows[task])
                     inputs = jobs.point_inputs(model, method.name, share, study.rows, study.seconds)
                     if store.finished(store.folder_of(root, "study-point", inputs)):
                         records.append(
@@ -78,14 +86,18 @@ def collect(config: Config, methods: list[Method], root: Path) -> list[dict]:
     return records
 
 
-def _made(config: Config, methods: list[Method], root: Path, bars: Bars) -> list[str]:
+def _made(config: Config, rows: dict[str, str | None], methods: list[Method], root: Path, bars: Bars) -> list[str]:
     """Everything that is missing, through Ray; names of what failed."""
     study, failures = config.study, []
-    models = [jobs.model_inputs(task, study.steps, seed) for task in study.tasks for seed in study.seeds]
+    models = [jobs.model_inputs(task, study.steps, seed, rows[task]) for task in study.tasks for seed in study.seeds]
+    for task in study.tasks:
+        for method in methods:
+            if method not in possible(task, methods):
+                bars.say(f"left out: {method.name} on {task}, as nobody knows which tokens of its texts are needed")
     points = [
         (f"{model['task']['task']}, seed {model['seed']}: {method.name} at {share:g}", model,
          jobs.point_inputs(model, method.name, share, study.rows, study.seconds))
-        for model in models for share in study.shares for method in methods
+        for model in models for share in study.shares for method in possible(model["task"]["task"], methods)
     ]  # fmt: skip
     # What is taught takes longest: first, so that no core idles at the end.
     taught = {method.name: method.prepare is None for method in methods}

@@ -1,0 +1,241 @@
+"""Which rows does a study read from a person's labelled texts? Token ids made once, kept under the files' digests.
+
+A policy of the study decides where the contexts of a batch end, and these must end together, without padding. So a
+batch is of texts that are neighbours in length, and all of it is cut to one length, a multiple of STEP tokens: the
+FIRST tokens stay, at most 2 * STEP - 2 of a text are lost in the thick of the lengths, more where texts are rare. Then
+a half, a quarter and an eighth of a context are whole numbers of keys. What stands behind the context is the task's
+prompt and the first token of its label, which is all that is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from ctxprune import tasks
+from ctxprune.batches import IGNORED
+from ctxprune.checkpoint import digest
+from ctxprune.errors import UserError
+from ctxprune.tasks.agnews import AgNewsConfig
+from ctxprune.tasks.examples import Example, held_out
+from ctxprune.tasks.prompted import FileTask
+from ctxprune.tasks.sst2 import Sst2Config
+from ctxprune.tasks.task import SPLITS, Split, TaskBatch, stream
+from ctxprune.tokenizer import encode_documents, train_tokenizer
+from pipelines import store
+from pipelines.policy_study.config import StudyConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+READ: tuple[type[FileTask], ...] = (AgNewsConfig, Sst2Config)
+"""Tasks from files whose whole text has one label."""
+KIND = "study-rows"
+FORMAT = 1
+"""Raised when the rows would differ for the same inputs."""
+VOCAB = 2048
+"""Entries of the byte-level BPE that is learned from the texts trained on: embeddings of a small model stay small."""
+STEP = 8
+"""Contexts are so many tokens, or twice, three times ... as many."""
+SHORTEST, LONGEST = 24, 256
+"""Tokens of a text, the one that opens it included: fewer are left out (an eighth of 16 tokens is no more than what
+every policy protects), more are cut."""
+WINDOW = 64
+"""Neighbours in length that a batch is taken from."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The rows of one folder of the store, as a task. Nobody knows which tokens are needed, or how hard a row is."""
+
+    name: ClassVar[str] = "texts"
+
+    folder: str
+    """Where the rows lie."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return _about(self.folder)["vocab_size"]
+
+    def rows(self, split: Split) -> int:
+        """How many different rows the batches of an epoch of WINDOW rows have."""
+        return _count(self.folder, split) // WINDOW * WINDOW
+
+    def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
+        """`size` rows of neighbours in length, another mixture for each (seed, epoch). An epoch is the windows of
+        WINDOW rows, one per batch, so that no two of its batches share a row; a smaller batch is a part of its window.
+        UserError for a batch of more rows than the split has."""
+        stream(split, seed, index)  # says no to what is no split and no number
+        count, width = _count(self.folder, split), max(size, WINDOW)
+        if count < width:
+            raise UserError(f"a batch of {width} rows was asked for, and the {split} split has {count}: give more")
+        epoch, place = divmod(index, count // width)
+        chosen = _windows(self.folder, split, seed, epoch, width)[place, :size]
+        held, about = _tensors(self.folder), _about(self.folder)
+        ids, begins, lengths = (held[f"{split}.{name}"] for name in ("ids", "begins", "lengths"))
+        end = int(lengths[chosen].min()) // STEP * STEP
+        context = np.stack([ids[begin : begin + end] for begin in begins[chosen]]).astype(np.int64)
+        answer = np.array(about["answers"])[held[f"{split}.classes"][chosen]]
+        prompt = np.broadcast_to(np.array(about["prompt"]), (size, len(about["prompt"])))
+        row = torch.from_numpy(np.concatenate([context, prompt, answer[:, None]], 1))
+        answers, questions = torch.full_like(row, IGNORED), torch.full_like(row, -1)
+        answers[:, -2], questions[:, -2] = torch.from_numpy(answer), 0
+        return TaskBatch(row, answers, questions, torch.full((size,), end))
+
+
+def from_files(task: str) -> bool:
+    """Whether it is one of the tasks that are read from a person's files."""
+    return task in [one.name for one in READ]
+
+
+def check(study: StudyConfig) -> None:
+    """UserError, before anything is read, unless tasks and files of a study go together."""
+    known = ", ".join(one.name for one in (*tasks.SYNTHETIC, *READ))
+    for name in study.tasks:
+        if tasks.TASKS[name] not in (*tasks.SYNTHETIC, *READ):
+            raise UserError(f"study.tasks has {name!r}, whose texts have no label each: choose from {known}")
+    read = list(filter(from_files, study.tasks))
+    if read and not study.train_file:
+        raise UserError(f"study.tasks has {read[0]!r}: give study.train_file=FILE, lines of text, tab, label")
+    if len(read) > 1:
+        raise UserError(f"study.train_file is of one task, study.tasks has {' and '.join(read)}: study them in turn")
+    for name in ("train_file", "test_file"):
+        file = getattr(study, name)
+        if file and not read:
+            raise UserError(f"study.{name} is for study.tasks=[agnews] or [sst2]: leave it out, or name the task")
+        if file and not Path(file).is_file():
+            raise UserError(f"study.{name}={file}: no such file; give lines of text, tab, label")
+
+
+def rows_of(root: Path, study: StudyConfig, name: str) -> str | None:
+    """What `kept` says of a study's task of files; None: the rows of a synthetic one are in no file."""
+    if not from_files(name):
+        return None
+    assert study.train_file is not None
+    return kept(root, name, study.train_file, study.test_file, study.rows)
+
+
+def inputs_of(task: str, train: str, test: str | None) -> dict:
+    """What the rows of these files depend on."""
+    files = [digest(Path(file)) if file else None for file in (train, test)]
+    return {"format": FORMAT, "task": task, "files": files, "vocab": VOCAB, "tokens": [SHORTEST, LONGEST]}
+
+
+def kept(root: Path, task: str, train: str, test: str | None, rows: int) -> str:
+    """The name of the folder of these files' rows in the store, made unless that is done.
+
+    UserError for files that hold no such task, and for fewer than `rows` test texts: nothing is written then.
+    """
+    inputs = inputs_of(task, train, test)
+    folder = store.folder_of(root, KIND, inputs)
+    made = None if store.finished(folder) else encoded(task, train, test)
+    lengths = _tensors(str(folder)) if made is None else made[0]
+    _enough(test or train, {split: len(lengths[f"{split}.lengths"]) for split in SPLITS}, rows)
+    if made is not None:
+        tensors, about = made
+
+        def write(staged: Path) -> None:
+            save_file(tensors, staged / "rows.safetensors")
+            store.write_json(staged / "rows.json", about)
+
+        store.ensure(root, KIND, inputs, write)
+    return folder.name
+
+
+def restored(root: Path, values: dict) -> tasks.Task:
+    """The task of the plain values in jobs.model_inputs: one whose rows are kept, or one of ctxprune.tasks."""
+    return Texts(str(root / values["rows"])) if "rows" in values else tasks.from_dict(values)
+
+
+def encoded(task: str, train: str, test: str | None) -> tuple[dict[str, np.ndarray], dict]:
+    """Per split flat token ids, where each text begins, its length and the index of its label; and, as plain values,
+    prompt and answers in tokens and the vocabulary's size. UserError for what is no such file."""
+    # Its tokenizer is not asked for: the one that is learned here is.
+    reader = next(one for one in READ if one.name == task)(file=train, test_file=test or "", tokenizer=KIND)
+    splits = held_out(list(reader.examples(train)), list(reader.examples(test)) if test else None)
+    if len({example.label for example in splits["train"]}) < 2:
+        raise UserError(f"{train}: every text to train on has one label; give two labels or more")
+    asked = {label: next(iter(reader.questions(Example("", label)))) for label in reader.labels}
+    texts = [example.text + "".join(asked[example.label]) for example in splits["train"]]
+    tokenizer = train_tokenizer(texts, VOCAB)
+    tensors = {}
+    for split in SPLITS:
+        read = [one[:LONGEST] for one in encode_documents(tokenizer, [example.text for example in splits[split]])]
+        there = [place for place, ids in enumerate(read) if len(ids) >= SHORTEST]
+        lengths = np.array([len(read[place]) for place in there], dtype=np.int32)
+        tensors[f"{split}.ids"] = np.concatenate([np.zeros(0, np.int32), *(read[place] for place in there)])
+        tensors[f"{split}.begins"] = lengths.cumsum(dtype=np.int64) - lengths
+        tensors[f"{split}.lengths"] = lengths
+        tensors[f"{split}.classes"] = np.array(
+            [reader.labels.index(splits[split][place].label) for place in there], dtype=np.int32
+        )
+    prompts = {prompt for prompt, _ in asked.values()}
+    assert len(prompts) == 1, "a task that asks differently by label gives it away"
+    about = {
+        "prompt": _plain(tokenizer, prompts.pop()),
+        "answers": first_tokens(tokenizer, [answer for _, answer in asked.values()]),
+        "vocab_size": len(tokenizer),
+    }
+    return tensors, about
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[int]:
+    """The first token of each answer. UserError where two have the same, for then it does not tell them apart."""
+    first: dict[int, str] = {}
+    for answer in answers:
+        token = _plain(tokenizer, answer)[0]
+        if token in first:
+            both = f"{first[token]!r} and {answer!r}"
+            raise UserError(f"the labels {both} begin with the same token: give more texts of both to train on")
+        first[token] = answer
+    return list(first)
+
+
+def _enough(file: str, there: dict[Split, int], rows: int) -> None:
+    """UserError unless every split fills a window, and the test split that many rows."""
+    for split, count in there.items():
+        if count < WINDOW:
+            short = f"{count} {split} texts of {SHORTEST} tokens or more, fewer than {WINDOW}"
+            raise UserError(f"{file}: there are {short}: give more or longer texts")
+    if rows > (most := there["test"] // WINDOW * WINDOW):
+        raise UserError(f"study.rows={rows} is above the {most} test texts that {file} gives: lower it, or give more")
+
+
+def _plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@lru_cache(maxsize=4)
+def _tensors(folder: str) -> dict[str, np.ndarray]:
+    return load_file(Path(folder, "rows.safetensors"))
+
+
+@lru_cache(maxsize=4)
+def _about(folder: str) -> dict:
+    return json.loads(Path(folder, "rows.json").read_text())
+
+
+def _count(folder: str, split: Split) -> int:
+    """How many texts the split has."""
+    return len(_tensors(folder)[f"{split}.lengths"])
+
+
+@lru_cache(maxsize=16)
+def _windows(folder: str, split: Split, seed: int, epoch: int, width: int) -> np.ndarray:
+    """Windows [windows, width] of an epoch, in a random order: neighbours by steps of length, those of one step mixed.
+    The few texts that fill no window are others in each epoch."""
+    lengths, draw = _tensors(folder)[f"{split}.lengths"], stream(split, seed, epoch)
+    order = np.lexsort((draw.permutation(len(lengths)), lengths // STEP))
+    count, over = divmod(len(lengths), width)
+    begin = int(draw.integers(over + 1))
+    windows = order[begin : begin + count * width].reshape(count, width)
+    return draw.permuted(windows[draw.permutation(count)], axis=1)
