@@ -76,6 +76,9 @@ class PrunedCache(Cache):
         """By layer: drop times of positions of rows by themselves, whatever gates say."""
         self.endless: list[bool] = []
         """By layer: whether they are never."""
+        self.expected: Tensor | None = None
+        """(rows,) positions that each row will have and keep, if that is known before the first: their pages are taken
+        at once."""
         self.layers = []
         self.offloading = False
 
@@ -137,6 +140,8 @@ class PrunedCache(Cache):
     def hold(self, layer: LayerCache) -> None:
         """The next layer's keys are kept in this one."""
         layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
+        if self.expected is not None:
+            layer.reserve(int((-(-self.expected // self.page)).sum()))
         self.held.append(layer)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -227,19 +227,38 @@ class LayerCache(PagePool):
         """As if each row's tokens from position `length` on had never come: they are forgotten, and what they dropped
         lives again. Only where no slot was taken again since. end_of: drop times of positions of rows by themselves."""
         self._forget_plan()
+        self._forget_from(length)
         pages, order = self.pages, self.pages.order or order_of(self.pages.table)
-        position, times = pages.position[order.pages], pages.drop_time[order.pages]
-        first = length[order.row][:, None]
-        times = torch.where(times >= first, end_of(position.clamp(min=0), order.row[:, None]).to(times.dtype), times)
-        later = position >= first
-        pages.drop_time[order.pages] = times.masked_fill(later | (position < 0), 0)
-        pages.position[order.pages] = position.masked_fill(later, -1)
-        slot = (order.rank * pages.page)[:, None] + torch.arange(1, pages.page + 1, device=later.device)
-        slot = slot.masked_fill(pages.position[order.pages] < 0, 0).amax(1)
-        used = torch.zeros(self.rows, dtype=slot.dtype, device=slot.device)
-        pages.used.copy_(used.scatter_reduce_(0, order.row, slot, "amax"))
+        times = pages.drop_time[order.pages]
+        # Drop times of slots that hold nothing are 0.
+        again = (times >= length.clamp(min=1)[order.row][:, None]) & (times < NEVER)
+        page, place = again.nonzero(as_tuple=True)
+        row = order.row[page][:, None]
+        if not isinstance(order.pages, slice):
+            page = order.pages[page]
+        end = end_of(pages.position[page, place][:, None], row)[:, 0]
+        pages.drop_time[page, place] = end.to(times.dtype)
         pages.free.fill_(-1)
         self.promised = 0
+
+    def _forget_from(self, length: Int[Tensor, " rows"]) -> None:
+        """Empty the slots of positions from `length` on: the last that each row has taken, in order."""
+        pages = self.pages
+        last, end = self._last_slots(1)
+        many = int((pages.position[last][:, 0].masked_fill(~end[:, 0], -1) + 1 - length).amax())
+        if many > 0:
+            (page, place), taken = self._last_slots(many)
+            later = taken & (pages.position[page, place] >= length[:, None])
+            page, place = page[later], place[later]
+            pages.position[page, place], pages.drop_time[page, place] = -1, 0
+            pages.used.sub_(later.sum(1))
+
+    def _last_slots(self, many: int) -> tuple[tuple[Tensor, Tensor], Bool[Tensor, "rows many"]]:
+        """Each row's last slots, the last first: their pages and places, (rows, many), and which there are."""
+        pages = self.pages
+        slot = pages.used[:, None].long() - torch.arange(1, many + 1, device=pages.used.device)
+        there, slot = slot >= 0, slot.clamp(min=0)
+        return (pages.table.gather(1, slot // pages.page).clamp(min=0).long(), slot % pages.page), there
 
     # What is there.
     def of_rows(self, sequences: Int[Tensor, " batch"]) -> Int[Tensor, " rows"]:

@@ -151,7 +151,7 @@ def generate_lossless(
     was_training = model.training
     model.eval()
     try:
-        session = _Session(model, prompts, how, prefill_chunk, DraftLength(model, draft))
+        session = _Session(model, prompts, how, prefill_chunk, DraftLength(model, draft), max_new_tokens)
         while session.rows:
             session.write(max_new_tokens, eos_token_id, on_token)
     finally:
@@ -162,16 +162,20 @@ def generate_lossless(
 class _Session:
     """The two caches, and the rows that are not finished."""
 
-    def __init__(self, model, prompts: list[Tensor], how: Sampling, chunk: int, length: DraftLength):
+    def __init__(self, model, prompts: list[Tensor], how: Sampling, chunk: int, length: DraftLength, most: int):
         self.model, self.how, self.length, self.greedy = model, how, length, how.temperature == 0
         device = next(model.parameters()).device
         self.full, self.pruned = PrunedCache(), PrunedCache()
+        # Rows leave one by one, and each would have the pool copied.
+        self.full.expected = torch.tensor([len(prompt) + most for prompt in prompts])
         with mode(model, "dense"):
             logits = prefill(model, self.full, prompts, chunk)
         with mode(model, "hard"):
             prefill(model, self.pruned, prompts, chunk)
         # The prompt is final; what comes now may be taken back.
         self.full.reversible = self.pruned.reversible = True
+        for layer in self.pruned.held:
+            layer.reserve(layer.in_use + len(prompts))
         self.rows = [
             _Row(row, GeneratorDraws(torch.Generator(device=device).manual_seed(how.seed + row)))
             for row in range(len(prompts))
@@ -269,11 +273,9 @@ class _Session:
     def _pending(self) -> tuple[Tensor, Tensor | None]:
         """What the drafting cache has not seen, padded on the left, and where it is real."""
         most = max(len(row.pending) for row in self.rows)
-        ids, real = torch.zeros(2, len(self.rows), most, dtype=torch.long)
-        for place, row in enumerate(self.rows):
-            ids[place, most - len(row.pending) :] = torch.tensor(row.pending)
-            real[place, most - len(row.pending) :] = 1
-        return ids, None if bool(real.all()) else real
+        missing = [most - len(row.pending) for row in self.rows]
+        ids = torch.tensor([[0] * n + row.pending for n, row in zip(missing, self.rows, strict=True)])
+        return ids, torch.arange(most) >= torch.tensor(missing)[:, None] if any(missing) else None
 
     def _feed(self, cache: PrunedCache, ids: Tensor, real: Tensor | None = None) -> Float[Tensor, "rows n vocab"]:
         device = cache.lengths.device

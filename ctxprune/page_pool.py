@@ -47,6 +47,8 @@ class PagePool:
         """Pages given out."""
         self.spare_pages: Callable[[], int] | None = None
         """How many pages more the pool may have; None: as many as it likes."""
+        self.reserved = 0
+        """Pages that the pool keeps, whoever gives some back."""
         self._table_changed()
 
     @property
@@ -93,12 +95,19 @@ class PagePool:
                 raise PoolFull
         self._resize(capacity + growth)
 
+    def reserve(self, pages: int) -> None:
+        """A pool of at least so many pages, and never of fewer until `trim`: every growing and shrinking copies all of
+        it, which is spared where what will be needed is known. Raises PoolFull as resize_for does."""
+        self.resize_for(pages, exact=True)
+        self.reserved = max(self.reserved, pages)
+
     def growth_for(self, pages: int) -> int:
         """By how many pages the pool must grow to give that many."""
         return max(0, self.in_use + pages - len(self.pages.keys))
 
     def trim(self) -> None:
-        """No page in the pool that no row has."""
+        """No page in the pool that no row has, reserved or not."""
+        self.reserved = 0
         if len(self.pages.keys) > max(1, self.in_use):
             self._resize(self.in_use)
 
@@ -131,8 +140,9 @@ class PagePool:
         self.pages.table = torch.where(table >= 0, moved[table.clamp(min=0).long()], -1).to(table.dtype)
         self.pages.clear(torch.arange(left, self.in_use, device=back.device))
         self.in_use = left
-        if len(self.pages.keys) - max(1, left) > left // 4:
-            self._resize(left)
+        needed = max(1, left, self.reserved)
+        if len(self.pages.keys) - needed > needed // 4:
+            self._resize(needed)
         self._table_changed()
 
     def _table_changed(self) -> None:
