@@ -234,9 +234,12 @@ class PrunedCache(Cache):
 
     def rewind(self, length: Int[Tensor, " rows"]) -> None:
         """Every row as it was when its next position was `length`; what it held then is final from now on."""
-        for layer, end_of in zip(self.held, self.end_of, strict=True):
-            layer.rewind(length, end_of)
-            layer.compact(length - 1, SPARE)
+        for layer, end_of, endless in zip(self.held, self.end_of, self.endless, strict=True):
+            # Elsewhere positions alone drop, and they would say the same again.
+            decided = layer.gated or self.max_live_tokens is not None
+            layer.rewind(length, end_of if decided else None)
+            if decided or not endless:
+                layer.compact(length - 1, SPARE)
         self.length = length
 
     def positions(self) -> list[list[list[int]]]:

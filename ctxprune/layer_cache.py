@@ -223,11 +223,19 @@ class LayerCache(PagePool):
         inherited = times[order.row[:, None], position.clamp(max=times.shape[1] - 1)]
         pages.drop_time[order.pages] = torch.minimum(pages.drop_time[order.pages], inherited)
 
-    def rewind(self, length: Int[Tensor, " rows"], end_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def rewind(self, length: Int[Tensor, " rows"], end_of: Callable[[Tensor, Tensor], Tensor] | None) -> None:
         """As if each row's tokens from position `length` on had never come: they are forgotten, and what they dropped
-        lives again. Only where no slot was taken again since. end_of: drop times of positions of rows by themselves."""
+        lives again. Only where no slot was taken again since. end_of: drop times of positions of rows by themselves;
+        None: none has another."""
         self._forget_plan()
         self._forget_from(length)
+        if end_of is not None:
+            self._live_again(length, end_of)
+        self.pages.free.fill_(-1)
+        self.promised = 0
+
+    def _live_again(self, length: Int[Tensor, " rows"], end_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Keys that were dropped at `length` or later have the drop times of their positions by themselves."""
         pages, order = self.pages, self.pages.order or order_of(self.pages.table)
         times = pages.drop_time[order.pages]
         # Drop times of slots that hold nothing are 0.
@@ -238,8 +246,6 @@ class LayerCache(PagePool):
             page = order.pages[page]
         end = end_of(pages.position[page, place][:, None], row)[:, 0]
         pages.drop_time[page, place] = end.to(times.dtype)
-        pages.free.fill_(-1)
-        self.promised = 0
 
     def _forget_from(self, length: Int[Tensor, " rows"]) -> None:
         """Empty the slots of positions from `length` on: the last that each row has taken, in order."""

@@ -9,7 +9,7 @@ import transformers as tf
 import ctxprune
 from ctxprune import PrunedCache
 from ctxprune.layer_cache import LayerCache
-from ctxprune.page_pool import STORED
+from ctxprune.page_pool import STORED, PagePool
 from ctxprune.retrofitting import wrappers
 from kernels.decode.pages import NEVER
 from tests.models import LAYERS, decode, gated, small_model, tokens
@@ -67,6 +67,22 @@ def test_slots_are_reused_when_every_token_drops():
             model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
             assert all(layer.in_use == 2 for layer in cache.held)
             assert cache.live_tokens().unique().tolist() == [1]
+
+
+def test_pages_of_what_is_expected_are_taken_at_once_and_kept(monkeypatch):
+    """The pool is copied for the first page and never again, whoever joins or leaves, until it is trimmed."""
+    model, ids, copied = gated(), tokens(4, 100), []
+    resize = PagePool._resize
+    monkeypatch.setattr(PagePool, "_resize", lambda pool, capacity: (copied.append(capacity), resize(pool, capacity)))
+    cache = PrunedCache(page=16)
+    cache.expected = torch.tensor([100, 100, 100, 100])
+    with torch.no_grad(), ctxprune.mode(model, "dense"):
+        for end in range(20, 101, 20):
+            model(ids[:, end - 20 : end], past_key_values=cache, use_cache=True)
+        cache.select(torch.tensor([2]))
+    assert copied == [4 * 7] * LAYERS and [layer.in_use for layer in cache.held] == [7] * LAYERS
+    cache.trim()
+    assert copied[LAYERS:] == [7] * LAYERS
 
 
 def test_capacity_shrinks_after_a_wave_of_drops():
