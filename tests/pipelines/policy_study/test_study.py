@@ -249,7 +249,7 @@ def test_one_point_that_fails_stops_no_other(tmp_path, monkeypatch):
     ("words", "named_in_it"),
     [
         (["study.tasks=[recal]"], "did you mean 'recall'"),
-        (["study.tasks=[sst2]"], "read from files"),
+        (["study.tasks=[sst2]"], "give study.train_file=FILE"),
         (["study.methods=[h20]"], "nearest: 'H2O'"),
         (["study.shares=[]"], "study.shares is empty"),
         (["study.seeds=[]"], "study.seeds is empty"),
