@@ -78,10 +78,20 @@ def test_a_target_that_protected_tokens_make_impossible_is_refused_and_the_gates
 def test_the_controller_presses_below_the_goal_and_eases_above_it():
     below, above = SparsityController(0.8), SparsityController(0.8)
     gamma = below.gamma
-    below.update(0.7, 0.5)
-    above.update(0.9, 0.5)
-    pressed, eased = below.update(0.7, 0.51), above.update(0.9, 0.51)
+    below.update(0.7, 0.02)
+    above.update(0.9, 0.02)
+    pressed, eased = below.update(0.7, 0.03), above.update(0.9, 0.03)
     assert pressed > below.gamma > gamma > above.gamma > eased
+
+
+def test_the_controller_presses_no_harder_than_its_limit():
+    """However long the goal is missed, and whatever the kick adds."""
+    limited, free = SparsityController(0.8, most=1.0), SparsityController(0.8)
+    pressed = [(limited.update(0.2, step / 20), free.update(0.2, step / 20)) for step in range(20)]
+    assert pressed[-1][0] == 1.0 and limited.gamma == 1.0
+    assert max(here for here, _ in pressed) == 1.0 < max(there for _, there in pressed)
+    eased = [limited.update(1.0, 1.0) for _ in range(3)]
+    assert eased[-1] < 1.0, "once the running mean is above the goal"
 
 
 def test_the_goal_rises_from_the_start_to_the_target():
