@@ -207,7 +207,8 @@ def _enough(file: str, there: dict[Split, int], rows: int) -> None:
             short = f"{count} {split} texts of {SHORTEST} tokens or more, fewer than {WINDOW}"
             raise UserError(f"{file}: there are {short}: give more or longer texts")
     if rows > (most := there["test"] // WINDOW * WINDOW):
-        raise UserError(f"study.rows={rows} is above the {most} test texts that {file} gives: lower it, or give more")
+        given = f"the {most} test texts that {file} gives in batches of {WINDOW}"
+        raise UserError(f"study.rows={rows} is above {given}: lower it, or give more")
 
 
 def _plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
