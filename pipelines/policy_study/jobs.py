@@ -72,6 +72,7 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     whole = ctxprune.retrofit(small(root, inputs["model"]), DenseConfig())
     dense, said = measure(whole, task, rows), predictions(whole, task, rows)
     seed, seconds, notes = inputs["model"]["seed"], inputs.get("seconds"), {}
+    torch.manual_seed(seed)  # gates and networks begin alike, whatever this process has measured before
     model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], seed, seconds=seconds, notes=notes)
     shown = partial(method.shown, share=inputs["share"]) if method.shown else None
     found = measure(model, task, rows, prepared=method.around, dense=said, shown=shown)
