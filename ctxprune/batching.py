@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -23,43 +23,13 @@ from ctxprune.page_pool import PoolFull
 from ctxprune.pinning import stacked
 from ctxprune.prefill import prefill
 from ctxprune.prompts import check_prompt, page_bytes
+from ctxprune.request import Request
 from ctxprune.retrofitting import mode, state_of
 from ctxprune.revival import Alarm
 from ctxprune.sampling import Sampling, pick
 
 SIMILAR = 1.25
 """Prompts are read together while the longest is at most this many times the shortest: padding costs time too."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt and what has been written after it."""
-
-    index: int
-    prompt: Int[Tensor, " n"]
-    max_new_tokens: int
-    sampling: Sampling
-    generator: torch.Generator
-    eos_token_id: int | None = None
-    pinned: Tensor | None = None
-    on_token: Callable[[int, int], None] | None = None
-    tokens: list[int] = field(default_factory=list)
-    finished: bool = False
-    live_tokens: float = 0.0
-    """Mean over layers of the keys alive at its last step, the newest included."""
-    pauses: int = 0
-    """How often it had to wait for others in the middle of its text."""
-
-    def text(self) -> Int[Tensor, " n"]:
-        """The prompt and all that has been written."""
-        return torch.cat([self.prompt, torch.tensor(self.tokens, dtype=torch.long)])
-
-    def take(self, token: int) -> None:
-        """The next token."""
-        self.tokens.append(token)
-        self.finished = token == self.eos_token_id or len(self.tokens) == self.max_new_tokens
-        if self.on_token is not None:
-            self.on_token(self.index, token)
 
 
 class Batcher:
@@ -215,6 +185,8 @@ class Batcher:
         left = None if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.allocated_bytes()
         cache = self._new_cache(left, reading=True)
         cache.pinned = stacked([one.pinned for one in group])
+        if self.dense and self.max_cache_bytes is None:
+            cache.expected = torch.tensor([one.whole(least=cache.page) for one in group])
         try:
             # What a request had written before it had to wait is not part of its prompt.
             ends = [len(one.prompt) for one in group]
@@ -267,6 +239,8 @@ class Batcher:
         self.running = [self.running[row] for row in rows]
         kept = torch.tensor(rows, dtype=torch.long, device=None if self.logits is None else self.logits.device)
         if rows:
+            for layer in self.cache.held:
+                layer.reserved = 0  # what stays free of what was taken for rows that leave may go
             self.cache.select(kept)
             self.logits = None if self.logits is None else self.logits[kept]
         else:

@@ -14,6 +14,7 @@ import ctxprune
 from ctxprune import UserError, batching, generate
 from ctxprune.batching import Batcher
 from ctxprune.layer_cache import LayerCache
+from ctxprune.page_pool import PagePool
 from ctxprune.prompts import page_bytes
 from ctxprune.sampling import Sampling
 from tests.models import LAYERS, VOCAB, gated, small_model, tokens
@@ -52,6 +53,21 @@ def test_requests_may_come_while_others_are_written():
     two = batcher.submit(second, max_new_tokens=12)
     batcher.run()
     assert [one.tokens, two.tokens] == alone(model, [first, second])
+
+
+def test_dense_rows_take_their_pages_at_once_and_give_them_back(monkeypatch):
+    """The pool is copied for the first page and when enough rows have left, not as each row grows."""
+    model, copied = gated().double(), []
+    resize = PagePool._resize
+    monkeypatch.setattr(PagePool, "_resize", lambda pool, capacity: (copied.append(capacity), resize(pool, capacity)))
+    with ctxprune.mode(model, "dense"):
+        batcher = Batcher(model, page=16, max_batch=4)
+        for row, prompt in enumerate(prompts_of(40, 40, 40, 40)):
+            batcher.submit(prompt, max_new_tokens=16 if row else 2)
+        batcher.run()
+    # 3 pages a row at first; at the end 4, but for the first.
+    assert copied[:LAYERS] == [4 * 3 + 3] * LAYERS
+    assert all(capacity < 4 * 3 + 3 for capacity in copied[LAYERS:])
 
 
 def test_a_full_pool_lets_the_youngest_wait_and_loses_nothing():
