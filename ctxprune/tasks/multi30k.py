@@ -29,8 +29,11 @@ class Multi30kConfig(FileTask):
             if Path(file).suffix in ("", f".{self.target}"):
                 raise UserError(f"multi30k: target is {self.target!r}: give a suffix other than that of {file!r}")
 
+    def files(self, file: str) -> list[str]:
+        return [file, str(Path(file).with_suffix(f".{self.target}"))]
+
     def examples(self, file: str) -> Iterator[Example]:
-        return parallel(file, str(Path(file).with_suffix(f".{self.target}")))
+        return parallel(*self.files(file))
 
     def questions(self, example: Example) -> Iterator[tuple[str, str]]:
         yield "\nTranslation:", " " + example.label

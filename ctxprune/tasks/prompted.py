@@ -101,6 +101,10 @@ class FileTask(ABC):
             return _batch([self._labelled(tokenizer, example) for example in chosen], _pad(tokenizer), left=False)
         return _batch([self._asked(tokenizer, example) for example in chosen], _pad(tokenizer), left=True)
 
+    def files(self, file: str) -> list[str]:
+        """Which files are read for `file`."""
+        return [file]
+
     @abstractmethod
     def examples(self, file: str) -> Iterator[Example]:
         """The examples of a file; UserError, naming file and line, for a broken one."""

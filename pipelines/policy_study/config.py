@@ -10,10 +10,11 @@ class StudyConfig:
     """Every way to prune on small models that answer questions: tasks x methods x shares x seeds."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of ctxprune.tasks whose truth is known, or agnews or sst2 of files; empty: the sweep is one of language
-    models."""
+    """Names of ctxprune.tasks whose truth is known, or one of files (agnews, sst2, multi30k, dialogsum); empty: the
+    sweep is one of language models."""
     train_file: str | None = None
-    """Lines of text, tab, label, for a task of files: learned from, with a part held out to set thresholds on."""
+    """For a task of files, lines of text, tab, label, or what else it reads: learned from, with a part held out to set
+    thresholds on."""
     test_file: str | None = None
     """The same to measure on; null: a part of train_file that is not learned from."""
     methods: list[str] = field(default_factory=list)

@@ -1,10 +1,12 @@
-"""Which rows does a study read from a person's labelled texts? Token ids made once, kept under the files' digests.
+"""Which rows does a study read from a person's texts? Token ids made once, kept under the files' digests.
 
 A policy of the study decides where the contexts of a batch end, and these must end together, without padding. So a
 batch is of texts that are neighbours in length, and all of it is cut to one length, a multiple of STEP tokens: the
 FIRST tokens stay, at most 2 * STEP - 2 of a text are lost in the thick of the lengths, more where texts are rare. Then
 a half, a quarter and an eighth of a context are whole numbers of keys. What stands behind the context is the task's
-prompt and the first token of its label, which is all that is asked.
+prompt and the answer: the first token of a label, which is all that is asked then, or the first tokens of a
+translation or a summary, each of which is a question, given the right ones before it. These are cut to the shortest of
+a batch, whose answers are neighbours in length too.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from ctxprune.batches import IGNORED
 from ctxprune.checkpoint import digest
 from ctxprune.errors import UserError
 from ctxprune.tasks.agnews import AgNewsConfig
+from ctxprune.tasks.dialogsum import DialogSumConfig
 from ctxprune.tasks.examples import Example, held_out
+from ctxprune.tasks.multi30k import Multi30kConfig
 from ctxprune.tasks.prompted import FileTask
 from ctxprune.tasks.sst2 import Sst2Config
 from ctxprune.tasks.task import SPLITS, Split, TaskBatch, stream
@@ -36,10 +40,15 @@ from pipelines.policy_study.config import StudyConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-READ: tuple[type[FileTask], ...] = (AgNewsConfig, Sst2Config)
-"""Tasks from files whose whole text has one label."""
+READ: tuple[type[FileTask], ...] = (AgNewsConfig, Sst2Config, Multi30kConfig, DialogSumConfig)
+"""Tasks from files whose whole text has one answer: a label, a translation or a summary."""
+HOLDS = {
+    Multi30kConfig.name: "sentences, a line each, beside a file of their translations with the suffix .de",
+    DialogSumConfig.name: "JSON lines of dialogue and summary",
+}
+"""What a file holds; of the others lines of text, tab, label."""
 KIND = "study-rows"
-FORMAT = 1
+FORMAT = 2
 """Raised when the rows would differ for the same inputs."""
 VOCAB = 2048
 """Entries of the byte-level BPE that is learned from the texts trained on: embeddings of a small model stay small."""
@@ -48,6 +57,10 @@ STEP = 8
 SHORTEST, LONGEST = 24, 256
 """Tokens of a text, the one that opens it included: fewer are left out (an eighth of 16 tokens is no more than what
 every policy protects), more are cut."""
+ANSWER = 32
+"""Tokens of a translation or a summary at most."""
+NEAR = 4
+"""Answers whose lengths differ by fewer tokens are neighbours."""
 WINDOW = 64
 """Neighbours in length that a batch is taken from."""
 
@@ -81,15 +94,21 @@ class Texts:
         epoch, place = divmod(index, count // width)
         chosen = _windows(self.folder, split, seed, epoch, width)[place, :size]
         held, about = _tensors(self.folder), _about(self.folder)
-        ids, begins, lengths = (held[f"{split}.{name}"] for name in ("ids", "begins", "lengths"))
-        end = int(lengths[chosen].min()) // STEP * STEP
-        context = np.stack([ids[begin : begin + end] for begin in begins[chosen]]).astype(np.int64)
-        answer = np.array(about["answers"])[held[f"{split}.classes"][chosen]]
+        context, end = _first(held, split, "texts", chosen, STEP)
+        answer, said = _first(held, split, "answers", chosen, 1)
         prompt = np.broadcast_to(np.array(about["prompt"]), (size, len(about["prompt"])))
-        row = torch.from_numpy(np.concatenate([context, prompt, answer[:, None]], 1))
+        row = torch.from_numpy(np.concatenate([context, prompt, answer], 1))
         answers, questions = torch.full_like(row, IGNORED), torch.full_like(row, -1)
-        answers[:, -2], questions[:, -2] = torch.from_numpy(answer), 0
+        asked = slice(-said - 1, -1)
+        answers[:, asked], questions[:, asked] = torch.from_numpy(answer), torch.arange(said)
         return TaskBatch(row, answers, questions, torch.full((size,), end))
+
+
+def _first(held: dict[str, np.ndarray], split: str, name: str, chosen: np.ndarray, step: int) -> tuple[np.ndarray, int]:
+    """As many tokens of these rows' texts or answers as the shortest has, in whole steps: [rows, tokens], and that."""
+    ids, begins, lengths = (held[f"{split}.{name}.{part}"] for part in ("ids", "begins", "lengths"))
+    end = int(lengths[chosen].min()) // step * step
+    return np.stack([ids[begin : begin + end] for begin in begins[chosen]]).astype(np.int64), end
 
 
 def from_files(task: str) -> bool:
@@ -99,21 +118,26 @@ def from_files(task: str) -> bool:
 
 def check(study: StudyConfig) -> None:
     """UserError, before anything is read, unless tasks and files of a study go together."""
-    known = ", ".join(one.name for one in (*tasks.SYNTHETIC, *READ))
+    known = ", ".join([*(one.name for one in tasks.SYNTHETIC), *(one.name for one in READ)])
     for name in study.tasks:
         if tasks.TASKS[name] not in (*tasks.SYNTHETIC, *READ):
-            raise UserError(f"study.tasks has {name!r}, whose texts have no label each: choose from {known}")
+            raise UserError(f"study.tasks has {name!r}, whose texts have no answer each: choose from {known}")
     read = list(filter(from_files, study.tasks))
+    holds = HOLDS.get(read[0], "lines of text, tab, label") if read else ""
     if read and not study.train_file:
-        raise UserError(f"study.tasks has {read[0]!r}: give study.train_file=FILE, lines of text, tab, label")
+        raise UserError(f"study.tasks has {read[0]!r}: give study.train_file=FILE, {holds}")
     if len(read) > 1:
         raise UserError(f"study.train_file is of one task, study.tasks has {' and '.join(read)}: study them in turn")
     for name in ("train_file", "test_file"):
         file = getattr(study, name)
         if file and not read:
-            raise UserError(f"study.{name} is for study.tasks=[agnews] or [sst2]: leave it out, or name the task")
+            those = ", ".join(one.name for one in READ)
+            raise UserError(f"study.{name} is for one of {those} in study.tasks: leave it out, or name the task")
         if file and not Path(file).is_file():
-            raise UserError(f"study.{name}={file}: no such file; give lines of text, tab, label")
+            raise UserError(f"study.{name}={file}: no such file; give {holds}")
+        for one in reader(read[0], file, None).files(file) if file else []:
+            if not Path(one).is_file():
+                raise UserError(f"study.{name}={file}: {one} is missing; give {holds}")
 
 
 def rows_of(root: Path, study: StudyConfig, name: str) -> str | None:
@@ -124,10 +148,17 @@ def rows_of(root: Path, study: StudyConfig, name: str) -> str | None:
     return kept(root, name, study.train_file, study.test_file, study.rows)
 
 
+def reader(task: str, train: str, test: str | None) -> FileTask:
+    """Of these files. Its tokenizer is not asked for: the one that is learned here is."""
+    return next(one for one in READ if one.name == task)(file=train, test_file=test or "", tokenizer=KIND)
+
+
 def inputs_of(task: str, train: str, test: str | None) -> dict:
-    """What the rows of these files depend on."""
-    files = [digest(Path(file)) if file else None for file in (train, test)]
-    return {"format": FORMAT, "task": task, "files": files, "vocab": VOCAB, "tokens": [SHORTEST, LONGEST]}
+    """What the rows of these files depend on. UserError for one that is not there."""
+    read = [reader(task, train, test).files(file) if file else [] for file in (train, test)]
+    digests = [[digest(Path(file)) for file in files] for files in read]
+    sizes = {"vocab": VOCAB, "tokens": [SHORTEST, LONGEST], "answer": ANSWER}
+    return {"format": FORMAT, "task": task, "files": digests, **sizes}
 
 
 def kept(root: Path, task: str, train: str, test: str | None, rows: int) -> str:
@@ -139,7 +170,7 @@ def kept(root: Path, task: str, train: str, test: str | None, rows: int) -> str:
     folder = store.folder_of(root, KIND, inputs)
     made = None if store.finished(folder) else encoded(task, train, test)
     lengths = _tensors(str(folder)) if made is None else made[0]
-    _enough(test or train, {split: len(lengths[f"{split}.lengths"]) for split in SPLITS}, rows)
+    _enough(test or train, {split: len(lengths[f"{split}.texts.lengths"]) for split in SPLITS}, rows)
     if made is not None:
         tensors, about = made
 
@@ -157,35 +188,38 @@ def restored(root: Path, values: dict) -> tasks.Task:
 
 
 def encoded(task: str, train: str, test: str | None) -> tuple[dict[str, np.ndarray], dict]:
-    """Per split flat token ids, where each text begins, its length and the index of its label; and, as plain values,
-    prompt and answers in tokens and the vocabulary's size. UserError for what is no such file."""
-    # Its tokenizer is not asked for: the one that is learned here is.
-    reader = next(one for one in READ if one.name == task)(file=train, test_file=test or "", tokenizer=KIND)
-    splits = held_out(list(reader.examples(train)), list(reader.examples(test)) if test else None)
-    if len({example.label for example in splits["train"]}) < 2:
+    """Per split flat token ids of texts and of answers, where each begins and its length; and, as plain values, the
+    prompt in tokens and the vocabulary's size. UserError for what is no such file."""
+    read = reader(task, train, test)
+    splits = held_out(list(read.examples(train)), list(read.examples(test)) if test else None)
+    if read.labels and len({example.label for example in splits["train"]}) < 2:
         raise UserError(f"{train}: every text to train on has one label; give two labels or more")
-    asked = {label: next(iter(reader.questions(Example("", label)))) for label in reader.labels}
-    texts = [example.text + "".join(asked[example.label]) for example in splits["train"]]
-    tokenizer = train_tokenizer(texts, VOCAB)
-    tensors = {}
+
+    def asked(example: Example) -> tuple[str, str]:
+        return next(iter(read.questions(example)))
+
+    tokenizer = train_tokenizer([example.text + "".join(asked(example)) for example in splits["train"]], VOCAB)
+    answer_of = None
+    if read.labels:
+        labels = [asked(Example("", label))[1] for label in read.labels]
+        answer_of = dict(zip(labels, first_tokens(tokenizer, labels), strict=True))
+    tensors: dict[str, np.ndarray] = {}
     for split in SPLITS:
-        read = [one[:LONGEST] for one in encode_documents(tokenizer, [example.text for example in splits[split]])]
-        there = [place for place, ids in enumerate(read) if len(ids) >= SHORTEST]
-        lengths = np.array([len(read[place]) for place in there], dtype=np.int32)
-        tensors[f"{split}.ids"] = np.concatenate([np.zeros(0, np.int32), *(read[place] for place in there)])
-        tensors[f"{split}.begins"] = lengths.cumsum(dtype=np.int64) - lengths
-        tensors[f"{split}.lengths"] = lengths
-        tensors[f"{split}.classes"] = np.array(
-            [reader.labels.index(splits[split][place].label) for place in there], dtype=np.int32
-        )
-    prompts = {prompt for prompt, _ in asked.values()}
+        texts = [one[:LONGEST] for one in encode_documents(tokenizer, [example.text for example in splits[split]])]
+        long = [(ids, example) for ids, example in zip(texts, splits[split], strict=True) if len(ids) >= SHORTEST]
+        answers = [asked(example)[1] for _, example in long]
+        said = [[answer_of[one]] if answer_of else _plain(tokenizer, one)[:ANSWER] for one in answers]
+        tensors |= _flat(f"{split}.texts", [ids for ids, _ in long]) | _flat(f"{split}.answers", said)
+    prompts = {prompt for prompt, _ in map(asked, splits["train"])}
     assert len(prompts) == 1, "a task that asks differently by label gives it away"
-    about = {
-        "prompt": _plain(tokenizer, prompts.pop()),
-        "answers": first_tokens(tokenizer, [answer for _, answer in asked.values()]),
-        "vocab_size": len(tokenizer),
-    }
-    return tensors, about
+    return tensors, {"prompt": _plain(tokenizer, prompts.pop()), "vocab_size": len(tokenizer)}
+
+
+def _flat(name: str, rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of token ids one after the other, where each begins, and its length."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    ids = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
+    return {f"{name}.ids": ids, f"{name}.begins": lengths.cumsum(dtype=np.int64) - lengths, f"{name}.lengths": lengths}
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[int]:
@@ -227,15 +261,16 @@ def _about(folder: str) -> dict:
 
 def _count(folder: str, split: Split) -> int:
     """How many texts the split has."""
-    return len(_tensors(folder)[f"{split}.lengths"])
+    return len(_tensors(folder)[f"{split}.texts.lengths"])
 
 
 @lru_cache(maxsize=16)
 def _windows(folder: str, split: Split, seed: int, epoch: int, width: int) -> np.ndarray:
-    """Windows [windows, width] of an epoch, in a random order: neighbours by steps of length, those of one step mixed.
-    The few texts that fill no window are others in each epoch."""
-    lengths, draw = _tensors(folder)[f"{split}.lengths"], stream(split, seed, epoch)
-    order = np.lexsort((draw.permutation(len(lengths)), lengths // STEP))
+    """Windows [windows, width] of an epoch, in a random order: neighbours in length, those of one step mixed but for
+    the lengths of their answers. The few texts that fill no window are others in each epoch."""
+    held, draw = _tensors(folder), stream(split, seed, epoch)
+    lengths, said = (held[f"{split}.{name}.lengths"] for name in ("texts", "answers"))
+    order = np.lexsort((draw.permutation(len(lengths)), said // NEAR, lengths // STEP))
     count, over = divmod(len(lengths), width)
     begin = int(draw.integers(over + 1))
     windows = order[begin : begin + count * width].reshape(count, width)

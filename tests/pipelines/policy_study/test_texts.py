@@ -63,16 +63,20 @@ def task(root, files) -> Texts:
     return found
 
 
-def held(task: Texts, split: str) -> dict[tuple[int, ...], int]:
-    """The texts of a split in tokens, with the indices of their labels."""
+def held(task: Texts, split: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """The texts of a split and their answers, in tokens."""
     tensors = texts._tensors(task.folder)
-    parts = np.split(tensors[f"{split}.ids"], tensors[f"{split}.begins"][1:])
-    return {tuple(part.tolist()): int(k) for part, k in zip(parts, tensors[f"{split}.classes"], strict=True)}
+
+    def parts(name: str) -> list[tuple[int, ...]]:
+        cut = np.split(tensors[f"{split}.{name}.ids"], tensors[f"{split}.{name}.begins"][1:])
+        return [tuple(part.tolist()) for part in cut]
+
+    return dict(zip(parts("texts"), parts("answers"), strict=True))
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_batch_is_the_first_tokens_of_neighbours_in_length_and_their_label_is_asked(task, split):
-    there, answers = held(task, split), texts._about(task.folder)["answers"]
+    there = held(task, split)
     for index in range(task.rows(split) // WINDOW):
         batch = task.batch(split, 0, index, WINDOW)
         end, prompt = batch.end, batch.input_ids.shape[1] - batch.end - 1
@@ -82,12 +86,47 @@ def test_a_batch_is_the_first_tokens_of_neighbours_in_length_and_their_label_is_
         for row, said in zip(batch.input_ids.tolist(), batch.answers.tolist(), strict=True):
             (whole,) = {text for text in there if text[:end] == tuple(row[:end])}
             lengths.append(len(whole))
-            assert row[-1] == said[-2] == answers[there[whole]]
+            assert (row[-1],) == (said[-2],) == there[whole]
             assert said[:-2] + said[-1:] == [IGNORED] * (len(row) - 1)
         assert min(lengths) // STEP * STEP == end
         # Of 60 lengths in 8 steps a window of 64 spans few: of all training texts 2, where there are fewest 6.
         assert max(lengths) < end + (2 if split == "train" else 6) * STEP
         assert (batch.questions[:, -2] == 0).all() and (batch.questions >= 0).sum() == WINDOW
+
+
+@pytest.fixture(scope="module")
+def translated(tmp_path_factory, root) -> Texts:
+    """Texts of numbers, and the same numbers in words of their own, one for each."""
+    folder, draw = tmp_path_factory.mktemp("translated"), random.Random(2)
+    rows = [[draw.randrange(30) for _ in range(draw.randint(8, 40))] for _ in range(1600)]
+    train = write(folder / "train.en", [" ".join(f"one{number}" for number in row) for row in rows])
+    write(folder / "train.de", [" ".join(f"ein{number}" for number in row) for row in rows])
+    return Texts(str(root / texts.kept(root, "multi30k", train, None, rows=64)))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_each_token_of_a_translation_is_a_question_and_those_of_a_batch_end_together(translated, split):
+    there = held(translated, split)
+    for index in range(min(4, translated.rows(split) // WINDOW)):
+        batch, lengths = translated.batch(split, 0, index, WINDOW), []
+        said = int(batch.questions.max()) + 1
+        assert batch.questions[:, -said - 1 : -1].tolist() == [list(range(said))] * WINDOW
+        for row, answers in zip(batch.input_ids.tolist(), batch.answers.tolist(), strict=True):
+            whole = {text for text in there if text[: batch.end] == tuple(row[: batch.end])}
+            assert tuple(row[-said:]) in {there[text][:said] for text in whole}
+            lengths += [len(there[text]) for text in whole]
+            assert answers[-said - 1 : -1] == row[-said:]
+            assert answers[: -said - 1] == [IGNORED] * (len(row) - said - 1) and answers[-1] == IGNORED
+        assert said == min(lengths) and 1 < said <= texts.ANSWER
+
+
+def test_a_translation_depends_on_both_files(tmp_path):
+    source, target = tmp_path / "a.en", tmp_path / "a.de"
+    write(source, ["one two"])
+    write(target, ["eins zwei"])
+    before = texts.inputs_of("multi30k", str(source), None)
+    write(target, ["drei vier"])
+    assert texts.inputs_of("multi30k", str(source), None) != before
 
 
 def test_each_label_has_its_own_answer(task):
@@ -161,7 +200,8 @@ def config_of(tmp_path, *words: str):
         (["study.train_file=nowhere.tsv"], "no such file"),
         (["study.test_file=nowhere.tsv"], "no such file"),
         (["study.tasks=[sst3]"], "did you mean 'sst2'"),
-        (["study.tasks=[wnut17]"], "whose texts have no label each: choose from recall, .*agnews"),
+        (["study.tasks=[wnut17]"], "whose texts have no answer each: choose from recall, .*agnews"),
+        (["study.tasks=[multi30k]", "study.train_file=alone.en"], "alone.de is missing; give sentences, a line each"),
         (["study.tasks=[sst2,agnews]"], "study them in turn"),
         (["study.tasks=[recall]"], "study.train_file is for"),
         (["study.methods=[oracle]"], "nothing that is possible for sst2"),
@@ -177,6 +217,7 @@ def test_what_cannot_be_studied_is_refused_before_any_work(tmp_path, files, monk
     write(tmp_path / "unlabelled.tsv", ["a film\t1", "another film"])
     write(tmp_path / "one_label.tsv", [line for line in lines(2600, 0) if line.endswith("1")])
     write(tmp_path / "few.tsv", lines(100, 0))
+    write(tmp_path / "alone.en", ["a dog runs"])
     given = [f"study.train_file={files[0]}", f"study.test_file={files[1]}", *words]
     config, overrides = config_of(tmp_path / "runs", *given)
     with pytest.raises(UserError, match=said) as caught:
