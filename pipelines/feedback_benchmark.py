@@ -84,7 +84,7 @@ def lossless(
     for _ in range(repeats):
         made, *mine = _timed(generate_lossless, model, prompts, **settings)
         with mode(model, "dense"):
-            dense, *its = _timed(generate, model, prompts, max_new_tokens=new_tokens)
+            dense, *its = _timed(generate, model, prompts, max_new_tokens=new_tokens, max_batch=len(prompts))
         write.append(its[1] / mine[1])
         whole.append(sum(its) / sum(mine))
     pairs = zip(made.tokens, dense.tokens, strict=True)

@@ -22,7 +22,7 @@ from pipelines.policy_study import small_model, texts
 from pipelines.policy_study.measure import Outcome, measure, predictions
 from pipelines.policy_study.methods import named, retrofitted
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a step's output would differ for the same inputs."""
 SHAPE = small_model.Shape()
 
