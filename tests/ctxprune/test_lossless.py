@@ -15,7 +15,7 @@ from ctxprune import lossless as module
 from ctxprune.cache import PrunedCache
 from ctxprune.layer_cache import LayerCache
 from ctxprune.lossless import settle
-from ctxprune.speculation import DraftLength, speedup
+from ctxprune.speculation import DraftLength, speedup, verifying
 from tests.models import gated, tokens
 
 TOKENS = int(os.environ.get("CTXPRUNE_TOKENS", "2000"))
@@ -232,6 +232,17 @@ def test_sampled_text_has_the_dense_models_frequencies():
     assert chi < bins + 4 * (2 * bins) ** 0.5
 
 
+class Weighs:
+    """A cache whose bytes make a draft cost a quarter of a step: full at first, then pruned."""
+
+    def __init__(self, length: DraftLength):
+        weights = length.weight_bytes
+        self.bytes = [11 * weights, 2 * weights]  # (1 + 2) / (1 + 11)
+
+    def live_bytes(self) -> int:
+        return self.bytes.pop(0)
+
+
 def test_the_draft_length_follows_acceptance_and_bytes():
     assert speedup(0.9, 0, 0.3) == 1.0
     # policies of the literature: 0.9 accepted, twice as many bytes of cache as of weights, a tenth of it kept.
@@ -245,6 +256,11 @@ def test_the_draft_length_follows_acceptance_and_bytes():
         length.acceptance = acceptance
         choices.append(max(range(1, 17), key=lambda g: speedup(length.acceptance, g, cost)))
     assert choices == sorted(choices) and choices[0] == 1 < choices[-1]
+    # A CPU verifies in fours: a draft that begins another four has to pay for it, where any GPU's may come for nothing.
+    costs = [verifying(drafts, on_a_cpu=True) for drafts in (1, 3, 4, 7)]
+    assert costs[0] == costs[1] < costs[2] == costs[3] and len({verifying(g, on_a_cpu=False) for g in (1, 9)}) == 1
+    length.acceptance, length.draft_cost = 0.8, 0.25
+    assert length.best(*[Weighs(length)] * 2) == 3
     before = length.acceptance
     length.learn(4, 1)
     assert length.acceptance < before and (length.drafted, length.accepted) == (4, 1)
