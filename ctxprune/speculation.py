@@ -12,8 +12,8 @@ from ctxprune.cache import PrunedCache
 VERIFYING = 1.15
 """Cost of verifying, in dense steps: it reads what one step reads and computes for a few tokens."""
 TILE, TILE_ON_A_CPU = 4, 0.35
-"""There tokens are computed four at a time, each four for so much of a step: 4, 8, 12 and 16 tokens of 64 rows over 1 GB
-took 1.26, 1.75, 2.11 and 2.45 steps, of 8 rows 1.23, 1.57, 1.87 and 2.18 (2 cores, AVX-512)."""
+"""There tokens are computed four at a time, each four for so much of a step: 4, 8, 12 and 16 tokens of 64 rows over
+1 GB took 1.26, 1.75, 2.11 and 2.45 steps, of 8 rows 1.23, 1.57, 1.87 and 2.18 (2 cores, AVX-512)."""
 FIRST_GUESS = 0.8
 """Acceptance before anything was drafted."""
 MEMORY = 0.9
