@@ -154,7 +154,7 @@ def reader(task: str, train: str, test: str | None) -> FileTask:
 
 
 def inputs_of(task: str, train: str, test: str | None) -> dict:
-    """What the rows of these files depend on. UserError for one that is not there."""
+    """What the rows of these files depend on."""
     read = [reader(task, train, test).files(file) if file else [] for file in (train, test)]
     digests = [[digest(Path(file)) for file in files] for files in read]
     sizes = {"vocab": VOCAB, "tokens": [SHORTEST, LONGEST], "answer": ANSWER}
