@@ -226,12 +226,13 @@ def check_long_texts(config: Config) -> None:
     """UserError unless benchmark target=hidden has its files, and no model that it would not look at."""
     if config.generate.checkpoint is not None:
         raise UserError("benchmark target=hidden trains models of its own: leave checkpoint out")
+    holds = "lines of word, tab, tag" if config.hidden.task == "entities" else "lines of text, tab, label"
     if not config.hidden.train_file:
-        raise UserError("benchmark target=hidden needs hidden.train_file=FILE, lines of text, tab, label")
+        raise UserError(f"benchmark target=hidden needs hidden.train_file=FILE, {holds}")
     for name in ("train_file", "test_file"):
         file = getattr(config.hidden, name)
         if file and not Path(file).is_file():
-            raise UserError(f"hidden.{name}={file}: no such file; give lines of text, tab, label")
+            raise UserError(f"hidden.{name}={file}: no such file; give {holds}")
 
 
 def _check_generate(config: Config) -> None:

@@ -76,6 +76,8 @@ def pool(record: dict) -> str:
         found += f" and {record['tokens_per_second_over_dense']:.2f}x its tokens/s"
         if "new_tokens" in record:
             found += " ({:.2f} to {:.2f})".format(*record["tokens_per_second_over_dense_spread"])
+        if "live_share_at_end" in record:
+            found += f", {record['live_share_at_end']:.0%} of the keys alive at the end"
     return f"{where}: {record['method']:<24} {found}"
 
 

@@ -82,6 +82,8 @@ def test_every_method_has_a_record_with_its_numbers_or_its_reason(here, capsys):
     assert [record["method"] for record in pools] == [DENSE, *pruned]
     assert all(record["most_running"] == record["requests"] == 3 for record in pools)
     assert all(one["repeats"] == 3 and one["new_tokens"] == 10 for one in pools)
+    assert all(one["temperature"] == 1.0 for one in pools), "the likeliest tokens of a random model are a loop"
+    assert pools[0]["live_share_at_end"] == 1.0 and all(one["live_share_at_end"] < 0.8 for one in pools[1:])
     for one in pools:
         low, high = one["tokens_per_second_spread"]
         assert 0 < low <= one["tokens_per_second"] <= high

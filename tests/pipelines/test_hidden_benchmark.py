@@ -243,6 +243,8 @@ def test_a_tokenizer_of_the_persons_is_taken(here):
 MISTAKES = [
     ([], "benchmark target=hidden needs hidden.train_file=FILE"),
     (["hidden.train_file=nowhere.tsv"], "no such file; give lines of text, tab, label"),
+    (["hidden.task=entities"], "needs hidden.train_file=FILE, lines of word, tab, tag"),
+    (["hidden.task=entities", "hidden.train_file=nowhere.tsv"], "no such file; give lines of word, tab, tag"),
     (["hidden.train_file=unlabelled.tsv"], "line 2 is not a text, a tab and a label"),
     (["hidden.train_file=train.tsv", "hidden.test_file=other.tsv"], "has the label 'moon', which is none of farm, sea"),
     (["hidden.train_file=alone.tsv"], "every text has the label 'sea'; give two labels or more"),
