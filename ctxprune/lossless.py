@@ -21,7 +21,7 @@ from ctxprune.errors import UserError
 from ctxprune.prefill import prefill
 from ctxprune.prompts import check_prompt
 from ctxprune.retrofitting import mode, state_of
-from ctxprune.sampling import Sampling, probabilities
+from ctxprune.sampling import RowDraws, Sampling, probabilities
 from ctxprune.speculation import DraftLength
 
 
@@ -48,49 +48,41 @@ class LosslessGeneration:
 
 
 class Draws(Protocol):
-    """Where one row's randomness comes from."""
+    """Where the rows' randomness comes from: ctxprune.sampling.RowDraws."""
 
-    def uniform(self) -> float:
-        """A number in [0, 1)."""
+    def uniform(self, count: int) -> Float[Tensor, "rows count"]:
+        """So many numbers in [0, 1) for each row."""
 
-    def pick(self, probability: Float[Tensor, " vocab"]) -> int:
-        """An index, by these probabilities."""
-
-
-class GeneratorDraws:
-    """From a generator of torch."""
-
-    def __init__(self, generator: torch.Generator):
-        self.generator = generator
-
-    def uniform(self) -> float:
-        device = self.generator.device
-        return float(torch.rand((), generator=self.generator, dtype=torch.float64, device=device))
-
-    def pick(self, probability: Tensor) -> int:
-        if int((probability > 0).sum()) == 1:
-            return int(probability.argmax())
-        return int(torch.multinomial(probability, 1, generator=self.generator))
+    def pick(self, probability: Float[Tensor, "rows vocab"]) -> Int[Tensor, " rows"]:
+        """A token for each row, by these probabilities, which need not sum to 1."""
 
 
 def settle(
-    drafts: list[int], proposed: Float[Tensor, "drafts vocab"], exact: Float[Tensor, "more vocab"], draws: Draws
-) -> list[int]:
-    """What is written of one row's drafts: those accepted, and one token more.
+    drafts: Int[Tensor, "rows drafts"],
+    proposed: Float[Tensor, "rows drafts vocab"],
+    exact: Float[Tensor, "rows more vocab"],
+    draws: Draws,
+) -> list[list[int]]:
+    """What is written of each row's drafts: those accepted, and one token more.
 
     proposed: what each draft was drawn from; exact: what dense decoding draws from at each of these places and after.
     A draft d is accepted with probability min(1, exact(d) / proposed(d)); instead of the first one refused comes a
     token drawn from max(exact - proposed, 0), normalised (arXiv 2211.17192, theorem 1: the result is distributed as
     exact). If all are accepted the next one is drawn from exact itself.
     """
-    for place, token in enumerate(drafts):
-        p, q = exact[place], proposed[place]
-        if draws.uniform() * float(q[token]) >= float(p[token]):
-            left = (p - q).clamp(min=0)
-            # Rounding may leave nothing where both are the same: then dense draws from exact.
-            left = left / left.sum() if float(left.sum()) > 0 else p
-            return [*drafts[:place], draws.pick(left)]
-    return [*drafts, draws.pick(exact[len(drafts)])]
+    rows, many = torch.arange(len(drafts), device=drafts.device), drafts.shape[1]
+    q, p = (of.gather(2, drafts[:, :, None])[:, :, 0] for of in (proposed, exact[:, :many]))
+    count = (draws.uniform(many) * q < p).long().cumprod(1).sum(1)
+    last = exact[rows, count]
+    if many:
+        left = (last - proposed[rows, count.clamp(max=many - 1)]).clamp(min=0)
+        # Rounding may leave nothing where both are the same: then dense draws from exact.
+        refused = (count < many) & (left.sum(-1) > 0)
+        last = torch.where(refused[:, None], left, last)
+    written = torch.cat([drafts, drafts.new_zeros(len(drafts), 1)], 1).scatter(
+        1, count[:, None], draws.pick(last)[:, None]
+    )
+    return [row[: most + 1] for row, most in zip(written.tolist(), count.tolist(), strict=True)]
 
 
 def settle_greedy(drafts: Int[Tensor, "rows drafts"], choices: Int[Tensor, "rows more"]) -> list[list[int]]:
@@ -105,7 +97,6 @@ class _Row:
     """One prompt in flight. pending: its last tokens, which the drafting cache has not seen yet."""
 
     index: int
-    draws: Draws
     pending: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
@@ -176,10 +167,8 @@ class _Session:
         self.full.reversible = self.pruned.reversible = True
         for layer in self.pruned.held:
             layer.reserve(layer.in_use + len(prompts))
-        self.rows = [
-            _Row(row, GeneratorDraws(torch.Generator(device=device).manual_seed(how.seed + row)))
-            for row in range(len(prompts))
-        ]
+        self.rows = [_Row(row) for row in range(len(prompts))]
+        self.draws = RowDraws((how.seed + row for row in range(len(prompts))), device)
         self.finished: dict[int, list[int]] = {}
         self.passes = self.steps = 0
         self.first: Tensor | None = logits
@@ -205,6 +194,7 @@ class _Session:
         if len(going) < len(self.rows):
             self.finished |= {row.index: row.tokens for place, row in enumerate(self.rows) if place not in going}
             self.rows = [self.rows[place] for place in going]
+            self.draws.select(going)
             for cache in (self.full, self.pruned):
                 if going:
                     cache.select(torch.tensor(going))
@@ -221,8 +211,7 @@ class _Session:
         if proposed is None:
             written = settle_greedy(drafts, exact)
         else:
-            each = zip(drafts.tolist(), proposed, exact, self.rows, strict=True)
-            written = [settle(mine, q, p, row.draws) for mine, q, p, row in each]
+            written = settle(drafts, proposed, exact, self.draws)
         for tokens in written:
             self.length.learn(count, len(tokens) - 1)
         accepted = torch.tensor([len(tokens) - 1 for tokens in written], device=before.device)
@@ -256,7 +245,7 @@ class _Session:
         made = torch.stack(drafts, 1) if drafts else torch.zeros(len(self.rows), 0, dtype=torch.long, device=device)
         if self.greedy:
             return made, None
-        nothing = torch.zeros(len(self.rows), 0, self.model.config.vocab_size)
+        nothing = torch.zeros(len(self.rows), 0, self.model.config.vocab_size, device=device)
         return made, torch.stack(proposed, 1) if proposed else nothing
 
     def _proposed(self, logits: Tensor) -> Tensor:
@@ -265,10 +254,7 @@ class _Session:
 
     def _drawn(self, proposed: Tensor) -> Int[Tensor, " rows"]:
         """One token per row."""
-        if self.greedy:
-            return proposed
-        chosen = [row.draws.pick(mine) for row, mine in zip(self.rows, proposed, strict=True)]
-        return torch.tensor(chosen, device=proposed.device)
+        return proposed if self.greedy else self.draws.pick(proposed)
 
     def _pending(self) -> tuple[Tensor, Tensor | None]:
         """What the drafting cache has not seen, padded on the left, and where it is real."""

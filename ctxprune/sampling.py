@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -51,8 +53,52 @@ def pick(
     logits: Float[Tensor, "batch vocab"], how: list[Sampling], generators: list[torch.Generator]
 ) -> Int[Tensor, " batch"]:
     """The next token of each row, by its own settings and its own generator."""
-    chosen = logits.argmax(-1)
-    for row, (own, generator) in enumerate(zip(how, generators, strict=True)):
+    chosen, alike = logits.argmax(-1), defaultdict(list)
+    for row, own in enumerate(how):
         if own.temperature > 0:
-            chosen[row] = torch.multinomial(probabilities(logits[row], own), 1, generator=generator)[0]
+            alike[replace(own, seed=0)].append(row)
+    for own, rows in alike.items():
+        uniform = torch.cat([_uniform(generators[row], 1) for row in rows])
+        chosen[rows] = drawn(probabilities(logits[rows], own), uniform)
     return chosen
+
+
+def drawn(probability: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """A token per row for a number in [0, 1), by the inverse of the distribution function; never one of probability 0.
+
+    probability: need not sum to 1, but to more than 0.
+    """
+    summed = probability.double().cumsum(-1)
+    # No product of a number below 1 rounds up to the sum in float64, so there is a first token beyond it.
+    return torch.searchsorted(summed, uniform.double()[:, None] * summed[:, -1:], right=True)[:, 0]
+
+
+class RowDraws:
+    """A stream of random numbers for each row, from a seed of its own, taken together."""
+
+    BLOCK = 256
+    """Numbers that a row's generator is asked for at once."""
+
+    def __init__(self, seeds: Iterable[int], device: torch.device):
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        self.held = torch.zeros(len(self.generators), 0, dtype=torch.float64, device=device)
+
+    def uniform(self, count: int) -> Float[Tensor, "rows count"]:
+        """So many numbers in [0, 1) for each row."""
+        while self.held.shape[1] < count:
+            more = torch.stack([_uniform(one, self.BLOCK) for one in self.generators])
+            self.held = torch.cat([self.held, more], 1)
+        taken, self.held = self.held[:, :count], self.held[:, count:]
+        return taken
+
+    def pick(self, probability: Float[Tensor, "rows vocab"]) -> Int[Tensor, " rows"]:
+        """A token for each row."""
+        return drawn(probability, self.uniform(1)[:, 0])
+
+    def select(self, rows: list[int]) -> None:
+        """These rows go on."""
+        self.generators, self.held = [self.generators[row] for row in rows], self.held[rows]
+
+
+def _uniform(generator: torch.Generator, count: int) -> Float[Tensor, " count"]:
+    return torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)

@@ -75,6 +75,7 @@ def _feedback(config: Config, folder: Path, data: Path) -> int:
     model = checkpoint.load(folder)
     if asked.packed:
         pack(model)
-    for record in feedback_benchmark.records(model, ids, settings.prompt, settings.repeats, asked.loops, asked.draft):
+    how = asked.loops, asked.draft, asked.temperature
+    for record in feedback_benchmark.records(model, ids, settings.prompt, settings.repeats, *how):
         output.emit(record | about, config.format, feedback_benchmark.line(record))
     return 0

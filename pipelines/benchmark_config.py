@@ -31,6 +31,8 @@ class FeedbackConfig:
     """alarm (which shares of attention bring dropped keys back) or lossless (drafts that the dense model verifies)."""
     draft: int = 0
     """Drafts per round of the lossless mode; 0: as many as pay at the acceptance so far."""
+    temperature: float = 0.0
+    """Of the text that the lossless mode and the dense model write; 0: greedy, and compared token by token."""
     packed: bool = True
     """On a CPU, multiply by packed weights (ctxprune.pack), pruned and dense alike."""
 

@@ -26,14 +26,21 @@ LOOPS = ("alarm", "lossless")
 
 
 def records(
-    model, ids: Int[Tensor, "batch n"], prompt: int, repeats: int, loops: Sequence[str] = LOOPS, draft: int = 0
+    model,
+    ids: Int[Tensor, "batch n"],
+    prompt: int,
+    repeats: int,
+    loops: Sequence[str] = LOOPS,
+    draft: int = 0,
+    temperature: float = 0.0,
 ) -> Iterator[dict[str, object]]:
     """One record per way to decode. alarm: ids are read up to `prompt`, then fed token by token, without an alarm and
-    with several; lossless: the mode continues the prompts, with `draft` drafts a round (0: as many as pay)."""
+    with several; lossless: the mode continues the prompts, with `draft` drafts a round (0: as many as pay),
+    greedily or at a temperature."""
     if "alarm" in loops:
         yield from alarms(model, ids, prompt)
     if "lossless" in loops:
-        yield lossless(model, ids[:, :prompt], ids.shape[1] - prompt, repeats, draft)
+        yield lossless(model, ids[:, :prompt], ids.shape[1] - prompt, repeats, draft, temperature)
 
 
 def alarms(model, ids: Int[Tensor, "batch n"], prompt: int) -> Iterator[dict[str, object]]:
@@ -75,19 +82,20 @@ def agreement(model, ids: Tensor, prompt: int, dense: Tensor, alarm: Alarm | Non
 
 
 def lossless(
-    model, prompts: Int[Tensor, "batch n"], new_tokens: int, repeats: int, draft: int = 0
+    model, prompts: Int[Tensor, "batch n"], new_tokens: int, repeats: int, draft: int = 0, temperature: float = 0.0
 ) -> dict[str, object]:
-    """Greedy text of the lossless mode and of the dense model, in turn. Writing is timed from the first tokens to the
-    last; the lossless mode reads its prompts twice, which stands apart."""
+    """Text of the lossless mode and of the dense model, in turn. Writing is timed from the first tokens to the last;
+    the lossless mode reads its prompts twice, which stands apart. Greedy texts are compared; sampled ones are equal in
+    distribution alone, and nothing is said of how many tokens differ."""
     write, whole = [], []
-    settings = {"max_new_tokens": new_tokens, "draft": draft or None}
+    settings = {"max_new_tokens": new_tokens, "temperature": temperature}
     for _ in range(repeats):
-        made, *mine = _timed(generate_lossless, model, prompts, **settings)
+        made, *mine = _timed(generate_lossless, model, prompts, draft=draft or None, **settings)
         with mode(model, "dense"):
-            dense, *its = _timed(generate, model, prompts, max_new_tokens=new_tokens, max_batch=len(prompts))
+            dense, *its = _timed(generate, model, prompts, max_batch=len(prompts), **settings)
         write.append(its[1] / mine[1])
         whole.append(sum(its) / sum(mine))
-    pairs = zip(made.tokens, dense.tokens, strict=True)
+    pairs = list(zip(made.tokens, dense.tokens, strict=True))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "kind": "feedback",
@@ -100,8 +108,9 @@ def lossless(
         "cache_bytes": made.cache_bytes,
         "cache_over_weights": made.cache_bytes / weights,
         "draft_cache_share": made.draft_cache_bytes / made.cache_bytes,
-        "differing_tokens": sum(int((one != other).sum()) for one, other in pairs),
-        "differing_rows": sum(not torch.equal(*pair) for pair in zip(made.tokens, dense.tokens, strict=True)),
+        "temperature": temperature,
+        "differing_tokens": None if temperature else sum(int((one != other).sum()) for one, other in pairs),
+        "differing_rows": None if temperature else sum(not torch.equal(*pair) for pair in pairs),
         "tokens": sum(len(row) for row in dense.tokens),
         "acceptance": made.acceptance,
         "drafts_per_pass": made.steps / max(1, made.passes),
@@ -142,11 +151,13 @@ def _regime(record: dict) -> str:
 def line(record: dict) -> str:
     """One line for people."""
     if record["method"] == "lossless":
+        text = f"{record['tokens']} tokens sampled at temperature {record.get('temperature')}"
+        if record["differing_tokens"] is not None:
+            text = f"{record['differing_tokens']} of {record['tokens']} greedy tokens are not the dense model's"
         return (
-            f"lossless: {record['differing_tokens']} of {record['tokens']} greedy tokens are not the dense model's; "
-            f"{record['acceptance']:.1%} of the drafts accepted, {record['drafts_per_pass']:.1f} per pass; "
-            f"{record['speedup']:.2f}x dense speed ({record['expected_speedup']:.2f}x by the bytes moved)"
-            f"{_regime(record)}"
+            f"lossless: {text}; {record['acceptance']:.1%} of the drafts accepted, "
+            f"{record['drafts_per_pass']:.1f} per pass; {record['speedup']:.2f}x dense speed "
+            f"({record['expected_speedup']:.2f}x by the bytes moved){_regime(record)}"
         )
     text = (
         f"{record['method']:18} says what the dense model says {record['agreement']:7.2%}  "

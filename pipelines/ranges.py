@@ -47,6 +47,7 @@ RANGES = {
     "benchmark.new_tokens": "[1, 1048576]",
     "benchmark.repeats": "[1, 1000]",
     "feedback.draft": "[0, 64]",
+    "feedback.temperature": "[0, 100]",
     "cascade.budgets": "[3, 65536]",
     "cascade.risks": "(0, 1)",
     "cascade.confidence": "(0, 1)",

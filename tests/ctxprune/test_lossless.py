@@ -147,8 +147,9 @@ class Branches:
         self.chance *= option[0]
         return option[1]
 
-    def pick(self, probability: torch.Tensor) -> int:
-        return self.choose([(float(p), token) for token, p in enumerate(probability)])
+    def pick(self, probability: torch.Tensor) -> torch.Tensor:
+        (weights,) = (probability / probability.sum(-1, keepdim=True)).tolist()
+        return torch.tensor([self.choose([(p, token) for token, p in enumerate(weights)])])
 
 
 class Uniform(Branches):
@@ -157,12 +158,11 @@ class Uniform(Branches):
     def __init__(self, drafts, proposed, exact):
         super().__init__()
         self.accept = [min(1.0, float(p[d]) / float(q[d])) for d, q, p in zip(drafts, proposed, exact, strict=False)]
-        self.asked = 0
 
-    def uniform(self) -> float:
-        accept = self.accept[self.asked]
-        self.asked += 1
-        return self.choose([(accept, 0.0), (1 - accept, 1.0 - 1e-12)])
+    def uniform(self, count: int) -> torch.Tensor:
+        assert count == len(self.accept)
+        numbers = [self.choose([(accept, 0.0), (1 - accept, 1.0 - 1e-12)]) for accept in self.accept]
+        return torch.tensor([numbers], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -189,8 +189,7 @@ def test_the_rule_of_sampling_by_exact_enumeration(count):
         draws = Uniform(drafts, proposed, exact)
 
         def run(branches, drafts=drafts, proposed=proposed, exact=exact):
-            branches.asked = 0
-            return settle(list(drafts), proposed, torch.stack(exact), branches)
+            return settle(torch.tensor([drafts]), proposed[None], torch.stack(exact)[None], branches)[0]
 
         for probability, written in draws.every(run):
             if len(written) == 1:  # a round later the second token is drawn as dense draws it

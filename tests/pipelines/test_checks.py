@@ -89,6 +89,7 @@ MISTAKES = [
         "generate.alarm_share does not go with generate.lossless: leave one of them out",
     ),
     ({"feedback.draft": -1}, "feedback.draft=-1: give a whole number in [0, 64]"),
+    ({"feedback.temperature": -0.5}, "feedback.temperature=-0.5: give a number in [0, 100]"),
     ({"feedback.loops": ["lossles"]}, "feedback.loops=lossles: choose one of alarm, lossless"),
     ({"feedback.loops": []}, "feedback.loops is empty: list some of alarm, lossless"),
     ({"gradients.parts": ["worthy"]}, "gradients.parts=worthy: choose one of worth, cost"),

@@ -47,6 +47,14 @@ def test_one_loop_alone_is_measured(loop):
     assert loop == "alarm" or found[0]["drafts_per_pass"] == pytest.approx(2, abs=0.5)
 
 
+def test_sampled_text_is_timed_and_not_compared():
+    model = gated(beta=1.5).double()
+    (record,) = feedback_benchmark.records(model, tokens(2, 20), 10, 1, ["lossless"], 2, 0.7)
+    assert record["differing_tokens"] is None and record["differing_rows"] is None and record["temperature"] == 0.7
+    assert record["tokens"] == 20 and record["speedup"] > 0
+    assert feedback_benchmark.line(record).startswith("lossless: 20 tokens sampled at temperature 0.7; ")
+
+
 def test_a_record_of_before_has_its_line_too():
     before = {"method": "lossless", "differing_tokens": 0, "tokens": 90, "acceptance": 0.5, "drafts_per_pass": 2.0}
     line = feedback_benchmark.line(before | {"speedup": 0.5, "expected_speedup": 0.9})
