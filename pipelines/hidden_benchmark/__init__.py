@@ -37,6 +37,8 @@ def main(config: Config) -> int:
         for method in every:
             record = judgement(method, every[0], scores, folders[method.name])
             output.emit(base | {"table": "accuracy"} | record, format, lines.accuracy(record))
+            if method is every[0] and (nothing := lines.unlearned(record, about)):
+                bars.say(nothing)
         for record in _timed(settings, rows, models, config.benchmark.repeats, bars):
             output.emit(base | {"table": "prefill"} | record, format, lines.prefill(record))
     return 0

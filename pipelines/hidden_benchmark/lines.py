@@ -29,6 +29,14 @@ def accuracy(record: dict) -> str:
     return f"{record['method']:<22} {right}  {beside:<24} {record['flops_of_dense']:>5.2f}x  {kept}"
 
 
+def unlearned(dense: dict, data: dict) -> str | None:
+    """What to say where the dense model has learned nothing that could be lost; None where it has."""
+    if dense["f1"] > 0 if "f1" in dense else dense["accuracy"] > data["most_frequent"]:
+        return None
+    does = "finds no name" if "f1" in dense else "is no better than always saying the most frequent class"
+    return f"the dense model {does}: nothing here says what pruning costs; raise hidden.base_steps or give more texts"
+
+
 def prefill(record: dict) -> str:
     """One method's time at one batch."""
     low, high = record["speedup_spread"]
