@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ROUNDING = 1e-6
+"""Of a mean in float32."""
+
 
 def data(record: dict) -> str:
     """What is classified by what, and titles above the lines on accuracy."""
@@ -31,7 +34,7 @@ def accuracy(record: dict) -> str:
 
 def unlearned(dense: dict, data: dict) -> str | None:
     """What to say where the dense model has learned nothing that could be lost; None where it has."""
-    if dense["f1"] > 0 if "f1" in dense else dense["accuracy"] > data["most_frequent"]:
+    if dense["f1"] > 0 if "f1" in dense else dense["accuracy"] > data["most_frequent"] + ROUNDING:
         return None
     does = "finds no name" if "f1" in dense else "is no better than always saying the most frequent class"
     return f"the dense model {does}: nothing here says what pruning costs; raise hidden.base_steps or give more texts"

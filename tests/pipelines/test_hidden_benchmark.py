@@ -117,7 +117,7 @@ def test_people_read_a_line_per_record(here, capsys, caplog):
         assert __main__.main([*WORDS, *FILES, "hidden.base_steps=1", "hidden.steps=1", "hidden.batches=[2]"]) == 0
     printed = capsys.readouterr().out.splitlines()
     learned = float(printed[3].split()[1].rstrip("%")) > 34
-    assert ("the dense model is no better than" in caplog.text) is not learned
+    assert ("the dense model is no better than" in caplog.text) is (not learned)
     assert printed[0].startswith("3 classes, ") and "30 of the test split" in printed[0]
     assert [line[:22].strip() for line in printed[3:9]] == NAMES
     assert len(printed) == 3 + 2 * len(NAMES) and "x (" in printed[10] and "deciding" in printed[10]
