@@ -18,7 +18,7 @@ from ctxprune.tokenizer import train_tokenizer
 from pipelines import __main__, hidden_benchmark, output
 from pipelines.benchmark_config import HiddenConfig
 from pipelines.compose import compose
-from pipelines.hidden_benchmark import clock, lines, training
+from pipelines.hidden_benchmark import clock, training
 from pipelines.hidden_benchmark.clock import Passes
 from pipelines.hidden_benchmark.flops import kept_tokens, pass_flops, truncated_tokens
 from pipelines.hidden_benchmark.method import methods
@@ -121,20 +121,6 @@ def test_people_read_a_line_per_record(here, capsys, caplog):
     assert printed[0].startswith("3 classes, ") and "30 of the test split" in printed[0]
     assert [line[:22].strip() for line in printed[3:9]] == NAMES
     assert len(printed) == 3 + 2 * len(NAMES) and "x (" in printed[10] and "deciding" in printed[10]
-
-
-@pytest.mark.parametrize(
-    ("dense", "said"),
-    [
-        ({"accuracy": 0.4}, None),
-        ({"accuracy": 0.3}, "is no better than always saying the most frequent class"),
-        ({"accuracy": 0.95, "f1": 0.0}, "finds no name"),
-        ({"accuracy": 0.2, "f1": 0.1}, None),
-    ],
-)
-def test_a_dense_model_that_has_learned_nothing_is_named(dense, said):
-    found = lines.unlearned(dense, {"most_frequent": 0.3})
-    assert (found is None) is (said is None) and (said is None or said in found)
 
 
 def test_the_same_schedule_without_training_runs_on_the_weights_of_dense(here):
