@@ -42,7 +42,8 @@ def decide(
     new = cache.new
     if cache.alarm is not None and wrapper.state.propagate_in_depth:
         raise UserError("an alarm does not go with propagate_in_depth: what came back would be dropped from above")
-    gates = wrapper.gate(hidden) if wrapper.gate is not None else None
+    gate = wrapper.gate
+    gates = None if gate is None else gate(hidden)
     first, drop_time = wrapper.layer_idx >= len(cache.held), None
     if first or not cache.endless[wrapper.layer_idx]:
         drop_time = _end(wrapper, new.position, new.pinned)

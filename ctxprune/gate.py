@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,7 +35,11 @@ class InteractionGate(nn.Module):
         self, hidden: Float[Tensor, "batch n width"]
     ) -> tuple[Float[Tensor, "batch n rank"], Float[Tensor, "batch n rank"], Float[Tensor, ""]]:
         """Interaction query, interaction key and beta, in the dtype of the gate's weights."""
-        found = interactions(hidden, self.query.weight, self.key.weight, self.beta)
+        # Asked for as attributes, a module's parameters are found last: at every step, in every layer.
+        layers: dict[str, Any] = self._modules
+        own: dict[str, Any] = self._parameters
+        query, key = layers["query"]._parameters["weight"], layers["key"]._parameters["weight"]
+        found = interactions(hidden, query, key, own["beta"])
         if found is None:  # also where ZeRO-3 keeps the weights elsewhere, and brings them when their layers are called
             # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.
             found = self.query(hidden), self.key(hidden), self.beta.sum()

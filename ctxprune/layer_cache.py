@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ctxprune.page_pool import OF_A_ROW, PagePool, PoolFull
+from kernels.decode.native_path import takeable_slots
 from kernels.decode.pages import NEVER, Slots, order_of
 
 AHEAD = 32
@@ -50,7 +51,7 @@ class LayerCache(PagePool):
     def _planned(self, step: Int[Tensor, " rows"]) -> Slots:
         """Slots for the next steps, (rows, steps): the rest of each row's pages, then slots of dropped keys; a page
         more for rows that have few of both."""
-        rank, count = self._takeable(step)
+        slot, count = self._takeable(step)
         if bool((count < FEW).any()):
             try:
                 self.give((count < FEW).long())
@@ -58,21 +59,27 @@ class LayerCache(PagePool):
                 if bool((count < 1).any()):
                     raise
             else:
-                rank, count = self._takeable(step)
-        slot = rank.argsort(dim=1, stable=True)[:, : min(AHEAD, int(count.min()))]
+                slot, count = self._takeable(step)
+        slot = slot[:, : min(AHEAD, int(count.min()))]
         pages = self.pages
         pages.used.copy_(torch.maximum(pages.used, slot.amax(1) + 1))
         return Slots(pages.table.gather(1, slot // pages.page).long(), slot % pages.page)
 
-    def _takeable(self, step: Tensor) -> tuple[Int[Tensor, "rows slots"], Int[Tensor, " rows"]]:
-        """Of each row's slots along its table: 0 never used, 1 of a dropped key, 2 neither; and how many are not 2."""
+    def _takeable(self, step: Tensor) -> tuple[Int[Tensor, "rows ahead"], Int[Tensor, " rows"]]:
+        """Of each row's slots along its table, the first AHEAD that were never used or else hold a dropped key (what
+        follows the last of fewer means nothing), and how many such slots there are."""
+        found = takeable_slots(self.pages, step, AHEAD)
+        return self._searched(step) if found is None else found
+
+    def _searched(self, step: Tensor) -> tuple[Int[Tensor, "rows ahead"], Int[Tensor, " rows"]]:
+        """The same where there is no compiled kernel."""
         pages = self.pages
         place = torch.arange(pages.table.shape[1] * pages.page, device=step.device)
         used = place < pages.used[:, None]
         dropped = used & ~self._alive(torch.arange(self.rows, device=step.device), step - 1)
         behind = ~used & (place < (self.given() * pages.page)[:, None])
         rank = torch.where(behind, 0, torch.where(dropped, 1, 2))
-        return rank, (rank < 2).sum(1)
+        return rank.argsort(dim=1, stable=True)[:, :AHEAD], (rank < 2).sum(1)
 
     def _make_room_anywhere(self) -> None:
         """A slot that is free or a next one for every row; on a GPU for the coming steps too, since asking waits."""

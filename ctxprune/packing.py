@@ -1,8 +1,9 @@
-"""Can a CPU multiply by the same weights faster? In oneDNN's own layout, which torch packs them into once.
+"""Can a CPU multiply by the same weights faster? In a library's own layout, which they are packed into once.
 
 Plain float32 products go to MKL, which on many processors reads weights at half the speed of memory and less, above all
-for the few rows of a decoding step. For a single row it is the faster one on others: which it is here is measured.
-Packed products are the same numbers up to rounding.
+for the few rows of a decoding step. Two libraries know a layout of their own: oneDNN's serves any number of rows, MKL's
+the one that it was made for. Which is faster differs between processors: it is measured here. Packed products are the
+same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,26 @@ from transformers.pytorch_utils import Conv1D
 from ctxprune.errors import UserError
 
 ROWS = 8
-"""Rows that the layout is made for: those of a decoding step; it is as good for a prompt's."""
+"""Rows that layouts are compared at: those of a decoding step. oneDNN's is made for as many; it is as good for a
+prompt's."""
+STEADY = 32
+"""Calls with the same number of rows after which a layout of one number is made for it: what packing costs is then
+about what it saves in as many calls more."""
 TURNS = 5
-"""How often both products are timed; the fastest counts, and the first, which packs, hardly can be that."""
+"""How often products are timed; the fastest counts."""
+SAMPLE = 1 << 28
+"""Bytes of weights of one shape that are timed: more than a cache holds."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a library packs a matrix (outputs, inputs) for a number of rows, and multiplies rows by it."""
+
+    name: str
+    pack: Callable[[Tensor, int], Tensor]
+    product: Callable[[Tensor, PackedLinear], Tensor]
+    any_rows: bool
+    """Whether what is packed serves every number of rows."""
 
 
 class PackedLinear(nn.Module):
@@ -35,10 +54,15 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = inner.weight, inner.bias
         self.transposed = isinstance(inner, Conv1D)
+        self.layout = ONEDNN
         self.packed: Tensor | None = None
+        self.rows = 0
+        """What it was packed for."""
         self.version = -1
         self.single = True
         """Whether a single row is multiplied by packed weights too."""
+        self.asked = self.calls = 0
+        """Rows of the last call that found nothing packed for it, and how many such calls came one after the other."""
 
     @property
     def matrix(self) -> Tensor:
@@ -48,8 +72,15 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not _packable(self.weight) or x.dtype != torch.float32:
             return self.plain(x)
-        if not self.single and x.numel() == x.shape[-1]:
+        rows = x.numel() // x.shape[-1]
+        if rows == 1 and not self.single:
             return self.plain(x)
+        if not self._serves(rows):
+            if not self.layout.any_rows and not self._steady(rows):
+                return self.plain(x)
+            self.take(self.layout, rows)
+        if self.calls:  # a module's attribute is slow to set
+            self.calls = 0
         return self.multiplied(x)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -57,13 +88,24 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, self.matrix, self.bias)
 
     def multiplied(self, x: Tensor) -> Tensor:
-        """By the packed ones."""
-        if self.packed is None or self.version != self.weight._version:
-            with torch.inference_mode(False):
-                matrix = self.matrix.detach().contiguous()
-                self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS)
-            self.version = self.weight._version
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        """By the packed ones, which have to serve its number of rows."""
+        return self.layout.product(x, self)
+
+    def take(self, layout: Layout, rows: int) -> None:
+        """Pack the weights so, for this many rows."""
+        with torch.inference_mode(False):
+            self.packed = layout.pack(self.matrix.detach().contiguous(), rows)
+        self.layout, self.rows, self.version = layout, rows, self.weight._version
+
+    def _serves(self, rows: int) -> bool:
+        fresh = self.packed is not None and self.version == self.weight._version
+        return fresh and (self.layout.any_rows or self.rows == rows)
+
+    def _steady(self, rows: int) -> bool:
+        """Whether as many rows as now have come for long enough to pack for them."""
+        self.calls = self.calls + 1 if rows == self.asked else 1
+        self.asked = rows
+        return self.calls > STEADY
 
     def train(self, mode: bool = True) -> PackedLinear:
         """As of every module."""
@@ -75,11 +117,29 @@ class PackedLinear(nn.Module):
         return self.__dict__ | {"packed": None, "version": -1}
 
 
+def _by_onednn(x: Tensor, layer: PackedLinear) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+
+
+def _by_mkl(x: Tensor, layer: PackedLinear) -> Tensor:
+    return torch.ops.mkl._mkl_linear(x, layer.packed, layer.matrix, layer.bias, layer.rows)
+
+
+ONEDNN = Layout(
+    "oneDNN", lambda matrix, _: torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS), _by_onednn, any_rows=True
+)
+MKL = Layout(
+    "MKL", lambda matrix, rows: torch.ops.mkl._mkl_reorder_linear_weight(matrix, rows), _by_mkl, any_rows=False
+)
+
+
 def pack(model: nn.Module) -> nn.Module:
     """Let every linear layer of a float32 model on the CPU multiply by packed weights at inference, in place; returns
     the model. Its parameters keep their names, and it can be saved and trained as before; the packed copies take the
-    memory of the weights once more. Single rows are timed, all layers of a shape after each other, a few times as long
-    as a step of the model takes: they are multiplied by whichever weights are faster.
+    memory of the weights once more. Layouts are timed, all layers of a shape after each other, a few times as long as a
+    step of the model takes: the faster one for ROWS rows is taken, and a single row is multiplied by it or by the
+    weights as they are, whichever is faster. MKL's is made once a number of rows has come for STEADY calls; other calls
+    are multiplied by the weights as they are.
 
     Raises UserError where this build of torch cannot pack.
     """
@@ -96,28 +156,49 @@ def pack(model: nn.Module) -> nn.Module:
         if isinstance(layer, PackedLinear) and _packable(layer.weight):
             shapes[layer.matrix.shape].append(layer)
     for layers in shapes.values():
-        single = packed_is_faster(layers)
+        some = layers[: 1 + SAMPLE // (layers[0].weight.numel() * layers[0].weight.element_size())]
+        layout = faster_layout(some) if torch.backends.mkl.is_available() else ONEDNN
+        single = packed_is_faster(some, layout)
         for layer in layers:
-            layer.single = single
+            layer.layout, layer.packed, layer.single = layout, None, single
     return model
 
 
 @torch.no_grad()
-def packed_is_faster(layers: list[PackedLinear]) -> bool:
-    """Whether these layers of one shape take a single row faster packed: each in turn, as a model calls them, so that
-    weights come from where they will come from."""
-    row = torch.zeros(1, layers[0].matrix.shape[1])
-    plain, packed = [], []
+def faster_layout(layers: list[PackedLinear]) -> Layout:
+    """Which layout multiplies ROWS rows by these layers of one shape faster: each layer in turn, as a model calls them,
+    so that weights come from where they will come from. Both are timed in turns."""
+    held = {}
+    for layout in (ONEDNN, MKL):
+        for layer in layers:
+            layer.take(layout, ROWS)
+        held[layout] = [layer.packed for layer in layers]
+    seconds: dict[Layout, list[float]] = {ONEDNN: [], MKL: []}
     for _ in range(TURNS):
-        plain.append(_seconds(PackedLinear.plain, layers, row))
-        packed.append(_seconds(PackedLinear.multiplied, layers, row))
+        for layout, packed in held.items():
+            for layer, weights in zip(layers, packed, strict=True):
+                layer.layout, layer.packed = layout, weights
+            seconds[layout].append(_seconds(PackedLinear.multiplied, layers, ROWS))
+    return min(seconds, key=lambda layout: min(seconds[layout]))
+
+
+@torch.no_grad()
+def packed_is_faster(layers: list[PackedLinear], layout: Layout) -> bool:
+    """Whether these layers of one shape take a single row faster packed so."""
+    plain, packed = [], []
+    for layer in layers:
+        layer.take(layout, 1)
+    for _ in range(TURNS):
+        plain.append(_seconds(PackedLinear.plain, layers, 1))
+        packed.append(_seconds(PackedLinear.multiplied, layers, 1))
     return min(packed) <= min(plain)
 
 
-def _seconds(product: Callable[[PackedLinear, Tensor], Tensor], layers: Iterable[PackedLinear], row: Tensor) -> float:
+def _seconds(product: Callable[[PackedLinear, Tensor], Tensor], layers: Iterable[PackedLinear], rows: int) -> float:
+    x = torch.zeros(rows, next(iter(layers)).matrix.shape[1])
     start = time.perf_counter()
     for layer in layers:
-        product(layer, row)
+        product(layer, x)
     return time.perf_counter() - start
 
 

@@ -14,9 +14,9 @@ namespace {
 
 // Outputs at once: each number of a token is read once for all of them, and their sums do not wait for each other.
 constexpr int64_t OUTPUTS = 8;
-// Products below which waking other threads costs more than it saves: one token of width 512 at rank 64 has half of
-// that, and with two threads a step of it was 1 % slower.
-constexpr int64_t PRODUCTS_ALONE = 1 << 17;
+// Products below which waking other threads costs more than it saves: one token of width 512 at rank 64 has twice that,
+// and between a step's other products two threads take 22 us for it, one 28.
+constexpr int64_t PRODUCTS_ALONE = 1 << 15;
 
 template <int MANY, typename T>
 inline void some(const T* x, const T* weight, int64_t width, T* to) {

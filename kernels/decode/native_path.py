@@ -29,7 +29,7 @@ NAME = "ctxprune_native"
 SWITCH = "CTXPRUNE_NATIVE"
 """Environment variable; 0: the torch path instead."""
 DTYPES = (torch.float32, torch.float64)
-SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h", "native_tile.h", "native_gates.h")
+SOURCES = ("native_step.cpp", "native_math.h", "native_extend.h", "native_tile.h", "native_gates.h", "native_slots.h")
 # OpenMP is torch's own, whose threads are used: it is not linked again. Infinities and NaN keep their meaning.
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 MOST = 1024
@@ -130,6 +130,21 @@ def interactions(hidden: Tensor, query: Tensor, key: Tensor, beta: Tensor) -> tu
         return None
     try:
         return kernel().interactions(hidden, query, key, beta)
+    except Refused:
+        return None
+
+
+def takeable_slots(pages: Pages, step: Tensor, ahead: int) -> tuple[Tensor, Tensor] | None:
+    """Slots along each row's table that its tokens of this step (rows,) and the next can take: those never used, then
+    those of keys that were dropped before; the first `ahead` of them, (rows, ahead), and how many there are, (rows,).
+    What follows the last of fewer means nothing.
+
+    None on another device, and without a compiled kernel.
+    """
+    if pages.table.device.type != "cpu":
+        return None
+    try:
+        return kernel().takeable_slots(step.int(), pages.drop_time, pages.table, pages.used, ahead)
     except Refused:
         return None
 

@@ -1,6 +1,6 @@
 // How are the CPU's kernels called from Python? One step looks at types and layouts and chooses slots, for
 // native_math.h; several tokens at once, whose types Python has compared, are handed on to native_extend.h; what gates
-// ask of a few tokens, to native_gates.h.
+// ask of a few tokens, to native_gates.h; which slots the next steps can take, to native_slots.h.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -12,6 +12,7 @@
 #include "native_extend.h"
 #include "native_gates.h"
 #include "native_math.h"
+#include "native_slots.h"
 
 namespace {
 
@@ -219,10 +220,33 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> interactions(const
   return std::make_tuple(to[0], to[1], offset);
 }
 
+// For every row, the first `ahead` slots along its table that its next tokens can take, (rows, ahead), and how many such
+// slots it has, (rows,): a row with fewer has anything behind them. steps: (rows,), of the next token.
+std::tuple<at::Tensor, at::Tensor> takeable_slots(const at::Tensor& steps, const at::Tensor& drop_times,
+                                                  const at::Tensor& table, const at::Tensor& used, int64_t ahead) {
+  for (const at::Tensor* t : {&drop_times, &table, &used}) TORCH_CHECK(t->is_contiguous(), "pages have another layout");
+  TORCH_CHECK(are(at::kInt, {steps, drop_times, table, used}) && steps.size(0) == table.size(0) &&
+                  used.size(0) == table.size(0),
+              "want one step for each row, and int32 throughout");
+  const int64_t rows = table.size(0), most = table.size(1);
+  const View<int32_t> step(steps);
+  at::Tensor slots = at::empty({rows, ahead}, table.options().dtype(at::kLong));
+  at::Tensor counts = at::empty({rows}, slots.options());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t* pages = table.const_data_ptr<int32_t>() + r * most;
+    for (int64_t k = 0; k < most; ++k) TORCH_CHECK_INDEX(pages[k] < drop_times.size(0), "no such page, ", pages[k]);
+    counts.data_ptr<int64_t>()[r] =
+        takeable(pages, most, drop_times.size(1), used.const_data_ptr<int32_t>()[r], drop_times.const_data_ptr<int32_t>(),
+                 *step.at(r), ahead, slots.data_ptr<int64_t>() + r * ahead);
+  }
+  return {slots, counts};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step);
   m.def("interactions", &interactions);
   m.def("extend", &extend);
+  m.def("takeable_slots", &takeable_slots);
 }

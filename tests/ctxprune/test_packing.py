@@ -9,25 +9,43 @@ import torch
 
 import ctxprune
 from ctxprune import packing
-from ctxprune.packing import PackedLinear, pack
+from ctxprune.packing import MKL, ONEDNN, STEADY, PackedLinear, pack
 from tests.models import gated, small_model, tokens
+
+
+@pytest.fixture(params=[ONEDNN, MKL], ids=lambda layout: layout.name)
+def layout(request, monkeypatch):
+    """The one that the clock prefers, and at once."""
+    if request.param is MKL and not torch.backends.mkl.is_available():
+        pytest.skip("this build of torch has no MKL")
+    monkeypatch.setattr(packing, "faster_layout", lambda layers: request.param)
+    monkeypatch.setattr(packing, "STEADY", 0)
+    return request.param
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_logits_are_those_of_the_plain_model(family, rows):
+def test_logits_are_those_of_the_plain_model(family, rows, layout):
     plain, packed = small_model(family), pack(small_model(family))
-    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) > 6
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) > 6
     with torch.inference_mode():
         ids = tokens(2, rows)
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert all(layer.packed is not None and layer.layout is layout for layer in layers)
 
 
-def test_it_writes_what_the_plain_model_writes():
+def test_it_writes_what_the_plain_model_writes(layout):
     ids = tokens(3, 12)
     plain = ctxprune.generate(gated(), ids, max_new_tokens=20)
     packed = ctxprune.generate(pack(gated()), ids, max_new_tokens=20)
     assert [row.tolist() for row in packed.tokens] == [row.tolist() for row in plain.tokens]
+
+
+def packed_linear(layout: packing.Layout = ONEDNN) -> PackedLinear:
+    layer = PackedLinear(torch.nn.Linear(7, 5))
+    layer.layout = layout
+    return layer
 
 
 def agrees(layer: PackedLinear) -> bool:
@@ -39,8 +57,8 @@ def agrees(layer: PackedLinear) -> bool:
         return torch.allclose(found, torch.nn.functional.linear(x, layer.matrix, layer.bias), atol=1e-5)
 
 
-def test_a_changed_weight_is_packed_again():
-    layer = PackedLinear(torch.nn.Linear(7, 5))
+def test_a_changed_weight_is_packed_again(layout):
+    layer = packed_linear(layout)
     assert agrees(layer)
     with torch.no_grad():
         layer.weight.mul_(-2)
@@ -52,16 +70,16 @@ def test_a_changed_weight_is_packed_again():
     assert agrees(copied) and agrees(layer)
 
 
-def test_an_optimizer_that_hides_its_changes_is_noticed_after_training():
-    layer = PackedLinear(torch.nn.Linear(7, 5)).eval()
+def test_an_optimizer_that_hides_its_changes_is_noticed_after_training(layout):
+    layer = packed_linear(layout).eval()
     assert agrees(layer)
     layer.train()
     layer.weight.data.mul_(-2)  # unknown to the version counter, as DeepSpeed does
     assert agrees(layer.eval())
 
 
-def test_twin_an_old_packing_is_caught():
-    layer = PackedLinear(torch.nn.Linear(7, 5))
+def test_twin_an_old_packing_is_caught(layout):
+    layer = packed_linear(layout)
     assert agrees(layer)
     with torch.no_grad():
         layer.weight.mul_(-2)
@@ -104,21 +122,65 @@ def test_a_torch_that_cannot_pack_says_so(monkeypatch):
 def test_a_single_row_goes_the_way_that_was_faster(packed, monkeypatch):
     """The clock says so; several rows are packed in any case."""
     fast = PackedLinear.multiplied if packed else PackedLinear.plain
-    monkeypatch.setattr(packing, "_seconds", lambda product, layers, row: 1.0 if product is fast else 2.0)
+    monkeypatch.setattr(packing, "faster_layout", lambda layers: ONEDNN)
+    monkeypatch.setattr(packing, "_seconds", lambda product, layers, rows: 1.0 if product is fast else 2.0)
     layer = pack(torch.nn.Sequential(torch.nn.Linear(7, 5)))[0]
     assert layer.single is packed
-    taken = []
-    for name in ("plain", "multiplied"):
-        way = getattr(PackedLinear, name)
-        monkeypatch.setattr(PackedLinear, name, lambda self, x, name=name, way=way: taken.append(name) or way(self, x))
+    taken = ways_taken(monkeypatch)
     with torch.inference_mode():
         for rows in (torch.zeros(7), torch.zeros(1, 7), torch.zeros(1, 1, 7), torch.zeros(2, 7)):
             layer(rows)
     assert taken == (["multiplied"] * 4 if packed else ["plain"] * 3 + ["multiplied"])
 
 
+def ways_taken(monkeypatch) -> list[str]:
+    """By which weights each call from now on is multiplied."""
+    taken: list[str] = []
+    for name in ("plain", "multiplied"):
+        way = getattr(PackedLinear, name)
+        monkeypatch.setattr(PackedLinear, name, lambda self, x, name=name, way=way: taken.append(name) or way(self, x))
+    return taken
+
+
 def test_all_layers_of_a_shape_take_turns_with_their_own_weights(monkeypatch):
     seen = []
-    monkeypatch.setattr(packing, "packed_is_faster", lambda layers: seen.append(len(layers)) or len(layers) > 1)
+    monkeypatch.setattr(packing, "packed_is_faster", lambda layers, _: seen.append(len(layers)) or len(layers) > 1)
     model = pack(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)))
     assert sorted(seen) == [1, 2] and [layer.single for layer in model] == [True, True, False]
+
+
+def test_more_weights_than_a_cache_holds_are_not_timed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(packing, "SAMPLE", 4 * 4 * 4)
+    monkeypatch.setattr(packing, "packed_is_faster", lambda layers, _: seen.append(len(layers)) or False)
+    model = pack(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(5))))
+    assert seen == [2] and not any(layer.single for layer in model)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of torch has no MKL")
+@pytest.mark.parametrize("wanted", [ONEDNN, MKL], ids=lambda layout: layout.name)
+def test_the_layout_that_was_faster_is_taken(wanted, monkeypatch):
+    def seconds(product, layers, rows):
+        return 1.0 if layers[0].layout is wanted else 2.0
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
+    model = pack(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
+    assert [layer.layout for layer in model] == [wanted, wanted]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of torch has no MKL")
+def test_a_layout_of_one_number_of_rows_is_made_once_that_number_is_steady(monkeypatch):
+    layer, taken = packed_linear(MKL), ways_taken(monkeypatch)
+
+    def call(rows: int) -> str:
+        with torch.inference_mode():
+            layer(torch.ones(rows, 7))
+        return taken[-1]
+
+    assert [call(3) for _ in range(STEADY)] == ["plain"] * STEADY
+    assert call(3) == "multiplied" and layer.rows == 3
+    # Whoever comes in between finds nothing, and takes nothing from those that stay.
+    for _ in range(STEADY):
+        assert (call(4), call(3)) == ("plain", "multiplied")
+    assert [call(4) for _ in range(STEADY)] == ["plain"] * STEADY
+    assert call(4) == "multiplied" and layer.rows == 4 and call(3) == "plain"
