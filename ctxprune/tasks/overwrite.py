@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ctxprune.tasks.facts import Facts, ask
-from ctxprune.tasks.symbols import FACT, SEP, SPECIAL, START, Drawn, distinct, fits, places, write
+from ctxprune.tasks.symbols import FACT, SEP, SPECIAL, START, Drawn, distinct, evenly, fits, places, write
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
@@ -22,7 +22,7 @@ class OverwriteConfig(Drawn):
     fewest: int = 1
     """Smallest number of different keys in a row."""
     variables: int = 6
-    """Largest number of different keys in a row; any number between is equally likely."""
+    """Largest number of different keys in a row; every number between is equally frequent in a batch."""
     writes: int = 12
     """Writes (FACT key value) in each row: of each key once, the others of random keys; a key's values all differ."""
     keys: int = 48
@@ -42,7 +42,7 @@ class OverwriteConfig(Drawn):
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + 2 * `variables` tokens; see ctxprune.tasks.task."""
         draw, symbols = stream(split, seed, index), self.symbols
-        count = draw.integers(self.fewest, self.variables + 1, size)
+        count = evenly(draw, self.fewest, self.variables, size)
         column = np.arange(self.writes)
         # The first `count` columns name each key once; columns lie anywhere in the context.
         variable = np.where(column < count[:, None], column, draw.integers(0, count[:, None], (size, self.writes)))

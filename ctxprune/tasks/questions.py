@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from ctxprune.tasks.facts import ask, draw_facts
 from ctxprune.tasks.recall import RecallConfig
+from ctxprune.tasks.symbols import evenly
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
@@ -28,6 +29,6 @@ class QuestionsConfig(RecallConfig):
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + (`chatter` + 3) * `facts` tokens; see ctxprune.tasks.task."""
         draw = stream(split, seed, index)
-        count = draw.integers(self.fewest, self.facts + 1, size)
+        count = evenly(draw, self.fewest, self.facts, size)
         facts = draw_facts(draw, self.symbols, size, self.length, count, self.facts, self.decoys)
         return ask(draw, self.symbols, facts, chatter=self.chatter)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ctxprune.tasks.facts import ask, draw_facts
-from ctxprune.tasks.symbols import Drawn, fits
+from ctxprune.tasks.symbols import Drawn, evenly, fits
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
 
 
@@ -44,7 +44,7 @@ class RecallConfig(Drawn):
     def batch(self, split: Split, seed: int, index: int, size: int) -> TaskBatch:
         """`size` rows of `length` + 2 * `facts` tokens; see ctxprune.tasks.task."""
         draw = stream(split, seed, index)
-        count = draw.integers(self.fewest, self.facts + 1, size)
+        count = evenly(draw, self.fewest, self.facts, size)
         return ask(
             draw, self.symbols, draw_facts(draw, self.symbols, size, self.length, count, self.facts, self.decoys)
         )

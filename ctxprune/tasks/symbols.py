@@ -82,6 +82,15 @@ class Drawn:
         return None
 
 
+def evenly(draw: np.random.Generator, fewest: int, most: int, rows: int) -> np.ndarray:
+    """int64 [rows] from `fewest` to `most`, in random order: each equally often in these rows, as far as that goes.
+
+    Batches are then equally hard, and a policy that keeps more of hard rows keeps as much of one batch as of another.
+    """
+    span = most - fewest + 1
+    return draw.permutation(fewest + (draw.integers(span) + np.arange(rows)) % span)
+
+
 def distinct(draw: np.random.Generator, rows: int, count: int, pool: int) -> np.ndarray:
     """int64 [rows, count]: in each row `count` different numbers below `pool`, in random order."""
     return np.argsort(draw.random((rows, pool)), axis=1)[:, :count]

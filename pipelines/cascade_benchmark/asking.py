@@ -57,7 +57,7 @@ def asked(config: Config, bars: Bars) -> tuple[Asked, Asked]:
     neither trained nor asked again."""
     settings, root = config.cascade, Path(config.runs) / "store"
     inputs = jobs.model_inputs(TASK.name, config.study.steps, settings.seed)
-    point = jobs.point_inputs(inputs, METHOD, settings.share, config.study.rows)
+    point = jobs.point_of(root, config.study, inputs, METHOD, settings.share)
     with bars.task("small model, then its gates", 2) as advance:
         jobs.make_model(str(root), inputs)
         advance(1)

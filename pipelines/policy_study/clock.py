@@ -98,9 +98,7 @@ def _subjects(study: StudyConfig, methods: list[Method], root: Path, inputs: dic
     """The first seed's models, dense first: of each method the one that was measured. inputs: of the small model."""
     subjects: Subjects = {"dense": (ctxprune.retrofit(jobs.small(root, inputs), DenseConfig()), None)}
     for method in methods:
-        point = store.folder_of(
-            root, "study-point", jobs.point_inputs(inputs, method.name, share, study.rows, study.seconds)
-        )
+        point = store.folder_of(root, "study-point", jobs.point_of(root, study, inputs, method.name, share))
         if store.finished(point):
             weights = load_file(point / "weights.safetensors")
             subjects[method.name] = (restored(method, jobs.small(root, inputs), share, weights), method)

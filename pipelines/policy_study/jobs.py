@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ctxprune
@@ -19,18 +20,29 @@ from ctxprune.policies import DenseConfig
 from ctxprune.tasks.scoring import paired_bootstrap, pearson
 from pipelines import store
 from pipelines.policy_study import small_model, texts
+from pipelines.policy_study.config import StudyConfig
 from pipelines.policy_study.measure import Outcome, measure, predictions
 from pipelines.policy_study.methods import named, retrofitted
 
-FORMAT = 5
+FORMAT = 6
 """Raised when a step's output would differ for the same inputs."""
 SHAPE = small_model.Shape()
+ROWS = 2048
+"""Test rows per point, where the study does not say."""
 
 
 def model_inputs(task: str, steps: int, seed: int, rows: str | None = None) -> dict:
     """What a small model depends on. rows: of a task of files, what texts.rows_of names."""
     values = {"task": task} if rows is None else {"task": task, "rows": rows}
     return {"format": FORMAT, "task": values, "shape": asdict(SHAPE), "steps": steps, "seed": seed}
+
+
+def point_of(root: Path, study: StudyConfig, model: dict, method: str, share: float) -> dict:
+    """The inputs of one point of this study. model: those of its small model."""
+    rows, folder = study.rows, model["task"].get("rows")
+    if rows is None:
+        rows = ROWS if folder is None else min(ROWS, texts.Texts(str(root / folder)).rows("test"))
+    return point_inputs(model, method, share, rows, study.seconds)
 
 
 def point_inputs(model: dict, method: str, share: float, rows: int, seconds: float | None = None) -> dict:
@@ -68,9 +80,7 @@ def small(root: Path, inputs: dict):
 
 def _measured(root: Path, inputs: dict, staged: Path) -> None:
     task, (method,) = texts.restored(root, inputs["model"]["task"]), named([inputs["method"]])
-    rows = inputs["rows"]
-    whole = ctxprune.retrofit(small(root, inputs["model"]), DenseConfig())
-    dense, said = measure(whole, task, rows), predictions(whole, task, rows)
+    rows, (dense, said) = inputs["rows"], _dense(root, json.dumps(inputs["model"]), inputs["rows"])
     seed, seconds, notes = inputs["model"]["seed"], inputs.get("seconds"), {}
     torch.manual_seed(seed)  # gates and networks begin alike, whatever this process has measured before
     model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], seed, seconds=seconds, notes=notes)
@@ -80,6 +90,14 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
     )
     store.write_json(staged / "point.json", summary(found, dense) | notes)
+
+
+@lru_cache(maxsize=1)
+def _dense(root: Path, model: str, rows: int) -> tuple[Outcome, list[Tensor]]:
+    """What every point of a small model (its inputs, as JSON) is held against: what it answers, keeping everything."""
+    inputs = json.loads(model)
+    whole, task = ctxprune.retrofit(small(root, inputs), DenseConfig()), texts.restored(root, inputs["task"])
+    return measure(whole, task, rows), predictions(whole, task, rows)
 
 
 def summary(found: Outcome, dense: Outcome) -> dict[str, float | None]:

@@ -17,8 +17,6 @@ from ctxprune.errors import UserError
 from ctxprune.given_scores import given
 from ctxprune.policies import PolicyConfig
 from ctxprune.policies.budget import Budget
-from ctxprune.policies.dms import DMSScorer
-from ctxprune.policies.rule import Rule
 from ctxprune.replay import Context, read
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks import Task
@@ -31,6 +29,7 @@ from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
 from pipelines.policy_study import rewarded
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
 from pipelines.policy_study.measure import Outcome, measure
+from pipelines.policy_study.thresholds import settle
 from pipelines.policy_study.truncation import columns
 
 Kind = Literal["control", "importance", "attention", "gradient", "taught", "reward", "fine-tuned"]
@@ -41,11 +40,8 @@ LAST = 16
 LESSONS, LESSON_ROWS = 400, 32
 SLOPES = tuple(place / 10 for place in range(-9, 10))
 """Ways to spread a budget over depth that the best constant is chosen from."""
-CALIBRATION_ROWS, THRESHOLD_ROWS = 256, 1024
-"""Validation rows that slopes are chosen on, and that thresholds are set on: at an eighth of the context the mean of
-256 rows is off by 1 to 3 %."""
-MISSED = 0.002
-"""Part of the budget that a threshold may leave unused on its rows."""
+CALIBRATION_ROWS = 256
+"""Validation rows that slopes are chosen on."""
 AT_FIRST = 7.0
 """Offset of the gates before training: at 7 a key outlives a context of a hundred tokens."""
 DELAY = 4
@@ -195,59 +191,6 @@ def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextMana
 
 def _truncated(batch: TaskBatch, share: float) -> Tensor:
     return columns(batch, share, SINKS)
-
-
-def settle(model, task: Task, share: float) -> None:
-    """Set one threshold for all layers, on validation rows, so that this share of the context is kept on average: at
-    most MISSED of it less, never more. Where scores are tied no one threshold does (in the first layer they depend on
-    the token alone, and go in groups): then the last layer takes a threshold of its own, as far as that goes.
-
-    Where it is a parameter already, the offset of gates and of what decides when a key comes, it stays among the
-    model's weights.
-    """
-    rules = [wrapper.rule for wrapper in wrappers(model)]
-    start = [None if _offset(rule) is None else _offset(rule).detach().double().clone() for rule in rules]
-
-    def kept(threshold: float, first: int) -> float:
-        for rule, at in list(zip(rules, start, strict=True))[first:]:
-            if at is not None:
-                with torch.no_grad():
-                    _offset(rule).copy_(at - threshold)
-            elif rule.ranking is not None:
-                rule.ranking.config = replace(rule.ranking.config, budget=Budget(threshold=threshold))
-        return measure(model, task, THRESHOLD_ROWS, split="validation").kept.mean().item()
-
-    model.eval()
-    # Where the first one stops at a jump it need not be found to the last digit: the second makes up for that too.
-    for first, halvings in ((0, 18), (len(rules) - 1, 30)):
-        if _bisected(lambda threshold, first=first: kept(threshold, first), share, halvings):
-            return
-
-
-def _offset(rule: Rule) -> Tensor | None:
-    """What lies between keeping and dropping, where that is a parameter."""
-    if rule.gate is not None:
-        return rule.gate.beta
-    if rule.ranking is not None and isinstance(rule.ranking.scorer, DMSScorer):
-        return rule.ranking.scorer.keep.bias
-    return None
-
-
-def _bisected(kept: Callable[[float], float], share: float, halvings: int) -> bool:
-    """Whether `kept`, which falls, was brought to the share; where it jumps over it, it is left just below."""
-    low, high = -1.0, 1.0
-    while kept(low) < share and low > -1e4:
-        low *= 2.0
-    while kept(high) > share and high < 1e4:
-        high *= 2.0
-    for _ in range(halvings):
-        middle = 0.5 * (low + high)
-        found = kept(middle)
-        if (1.0 - MISSED) * share <= found <= share:
-            return True
-        low, high = (middle, high) if found > share else (low, middle)
-    kept(high)  # the side that keeps no more
-    return False
 
 
 METHODS = (

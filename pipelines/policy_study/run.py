@@ -76,11 +76,11 @@ def collect(config: Config, rows: dict[str, str | None], methods: list[Method], 
             for method in possible(task, methods):
                 for seed in study.seeds:
                     model = jobs.model_inputs(task, study.steps, seed, rows[task])
-                    inputs = jobs.point_inputs(model, method.name, share, study.rows, study.seconds)
+                    inputs = jobs.point_of(root, study, model, method.name, share)
                     if store.finished(store.folder_of(root, "study-point", inputs)):
                         records.append(
                             {"task": task, "share": share, "method": method.name, "decides": method.kind}
-                            | {"adaptive": method.adaptive, "aware": method.aware, "seed": seed, "rows": study.rows}
+                            | {"adaptive": method.adaptive, "aware": method.aware, "seed": seed, "rows": inputs["rows"]}
                             | jobs.read_point(root, inputs)
                         )
     return records
@@ -96,7 +96,7 @@ def _made(config: Config, rows: dict[str, str | None], methods: list[Method], ro
                 bars.say(f"left out: {method.name} on {task}, as nobody knows which tokens of its texts are needed")
     points = [
         (f"{model['task']['task']}, seed {model['seed']}: {method.name} at {share:g}", model,
-         jobs.point_inputs(model, method.name, share, study.rows, study.seconds))
+         jobs.point_of(root, study, model, method.name, share))
         for model in models for share in study.shares for method in possible(model["task"]["task"], methods)
     ]  # fmt: skip
     # What is taught takes longest: first, so that no core idles at the end.

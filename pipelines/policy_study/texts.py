@@ -161,7 +161,7 @@ def inputs_of(task: str, train: str, test: str | None) -> dict:
     return {"format": FORMAT, "task": task, "files": digests, **sizes}
 
 
-def kept(root: Path, task: str, train: str, test: str | None, rows: int) -> str:
+def kept(root: Path, task: str, train: str, test: str | None, rows: int | None) -> str:
     """The name of the folder of these files' rows in the store, made unless that is done.
 
     UserError for files that hold no such task, and for fewer than `rows` test texts: nothing is written then.
@@ -234,13 +234,13 @@ def first_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> 
     return list(first)
 
 
-def _enough(file: str, there: dict[Split, int], rows: int) -> None:
-    """UserError unless every split fills a window, and the test split that many rows."""
+def _enough(file: str, there: dict[Split, int], rows: int | None) -> None:
+    """UserError unless every split fills a window, and the test split as many rows as are asked for."""
     for split, count in there.items():
         if count < WINDOW:
             short = f"{count} {split} texts of {SHORTEST} tokens or more, fewer than {WINDOW}"
             raise UserError(f"{file}: there are {short}: give more or longer texts")
-    if rows > (most := there["test"] // WINDOW * WINDOW):
+    if rows is not None and rows > (most := there["test"] // WINDOW * WINDOW):
         given = f"the {most} test texts that {file} gives in batches of {WINDOW}"
         raise UserError(f"study.rows={rows} is above {given}: lower it, or give more")
 

@@ -10,7 +10,7 @@ import torch
 from ctxprune import UserError, tasks
 from ctxprune.retrofitting import wrappers
 from pipelines import compose
-from pipelines.policy_study import jobs, methods, rewarded, run, small_model, table
+from pipelines.policy_study import jobs, rewarded, run, small_model, table, thresholds
 from pipelines.policy_study.measure import measure
 from pipelines.policy_study.methods import METHODS, named, retrofitted
 from tests.pipelines.policy_study.test_study import record
@@ -30,7 +30,7 @@ def test_everything_taught_by_reward_can_be_limited_and_nothing_else_is():
 
 @pytest.mark.parametrize("method", LIMITED, ids=lambda method: method.name)
 def test_what_is_taught_for_a_moment_meets_its_budget_and_says_how_long_it_took(method, monkeypatch):
-    monkeypatch.setattr(methods, "THRESHOLD_ROWS", 64)
+    monkeypatch.setattr(thresholds, "ROWS", 64)
     notes: dict[str, float] = {}
     made = retrofitted(method, model(), TASK, 0.4, 0, seconds=0.2, notes=notes)
     found = measure(made, TASK, 64, split="validation")
@@ -51,7 +51,7 @@ def test_a_bandits_budgets_surround_the_mean_that_is_asked_for():
 def test_seconds_and_steps_reach_the_lesson_and_nothing_of_it_follows_the_seconds(monkeypatch):
     seen = []
     monkeypatch.setattr(rewarded, "reinforce", lambda model, task, how, **more: seen.append((how, more)))
-    monkeypatch.setattr(methods, "THRESHOLD_ROWS", 64)
+    monkeypatch.setattr(thresholds, "ROWS", 64)
     (agent,) = named(["agent"])
     made = retrofitted(agent, model(), TASK, 0.25, 3, seconds=60.0)
     retrofitted(agent, model(), TASK, 0.25, 3)

@@ -16,7 +16,8 @@ from ctxprune.tasks.scoring import pearson
 from pipelines import compose
 from pipelines.policy_study import clock, jobs, plots, run, small_model, table
 from pipelines.policy_study.measure import measure
-from pipelines.policy_study.methods import METHODS, MISSED, named, restored, retrofitted, settle
+from pipelines.policy_study.methods import METHODS, named, restored, retrofitted
+from pipelines.policy_study.thresholds import MISSED, settle
 
 
 def record(method: str, right: float, seed: int = 0, share: float = 0.25, **more) -> dict:
@@ -126,7 +127,7 @@ def test_every_untaught_method_meets_its_budget(method, subject):
 
 
 def test_a_threshold_keeps_what_is_asked_and_never_more_on_the_rows_it_is_set_on(subject, monkeypatch):
-    monkeypatch.setattr("pipelines.policy_study.methods.THRESHOLD_ROWS", 128)
+    monkeypatch.setattr("pipelines.policy_study.thresholds.ROWS", 128)
     task = subject[0]
     (method,) = named(["H2O, threshold"])
     model = retrofitted(method, model_of(subject), task, 0.3, 0)
@@ -135,7 +136,7 @@ def test_a_threshold_keeps_what_is_asked_and_never_more_on_the_rows_it_is_set_on
 
 
 def test_where_scores_are_tied_the_last_layer_makes_up_for_what_one_threshold_misses(subject, monkeypatch):
-    monkeypatch.setattr("pipelines.policy_study.methods.THRESHOLD_ROWS", 128)
+    monkeypatch.setattr("pipelines.policy_study.thresholds.ROWS", 128)
     task = subject[0]
     torch.manual_seed(0)
     model = ctxprune.retrofit(model_of(subject), named(["agent"])[0].policy(0.3))
@@ -190,7 +191,7 @@ def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subje
             for wrapper in wrappers(model):
                 wrapper.rule.ranking.scorer.keep.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(seed))
 
-    monkeypatch.setattr("pipelines.policy_study.methods.THRESHOLD_ROWS", 256)
+    monkeypatch.setattr("pipelines.policy_study.thresholds.ROWS", 256)
     task, (method,) = subject[0], named(["DMS"])
     model = retrofitted(replace(method, prepare=draw), model_of(subject), task, 0.4, 0)
     found = measure(model, task, 128)
