@@ -74,7 +74,7 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         if controller is not None and measuring:
             gone = 1.0 - kept.item()
             if state.alpha >= _SHARP_ALPHA:
-                left = alive(DropTimes(state.recorded(), state.documents.end), rows)
+                left = alive(DropTimes(state.recorded(), state.documents.end), rows, questions_drop=True)
                 gone = 1.0 - (left.sum() / (left.shape[0] * in_context(rows).sum())).item()
             gamma = controller.update(gone, done)
         if progress is not None:

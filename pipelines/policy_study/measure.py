@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctxprune.batches import IGNORED
 from ctxprune.drop_time import DropTimes, forward_with_drop_times
+from ctxprune.retrofitting import wrappers
 from ctxprune.tasks import Task
 from ctxprune.tasks.scoring import in_context, keep_set, score
 from ctxprune.tasks.task import Split, TaskBatch
@@ -51,13 +52,14 @@ def measure(
     """dense: what the dense model predicts, by batch (`predictions`), for the agreement. shown: None: all of each row;
     what is not shown counts as dropped."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Outcome.__dataclass_fields__}
+    gated = any(wrapper.rule.gate is not None for wrapper in wrappers(model))
     for index in range(-(-rows // BATCH)):
         batch = task.batch(split, seed, index, min(BATCH, rows - index * BATCH))
         there = shown(batch) if shown else torch.arange(batch.input_ids.shape[1])
         given = cut(batch, there)
         with prepared(model, batch) if prepared else nullcontext():
             taken, logits = passed(model, given)
-        left = alive(taken, given)
+        left = alive(taken, given, questions_drop=gated)
         kept = left.new_zeros(*left.shape[:-1], batch.input_ids.shape[1])
         kept[..., there] = left
         inside = in_context(batch)
@@ -93,7 +95,12 @@ def passed(model, batch: TaskBatch) -> tuple[DropTimes, Float[Tensor, "batch n v
     )
 
 
-def alive(taken: DropTimes, batch: TaskBatch) -> Bool[Tensor, "layers batch kv_heads n"]:
-    """Keys of the context that the first query behind it sees, by KV head where these decide apart (else one)."""
+def alive(
+    taken: DropTimes, batch: TaskBatch, *, questions_drop: bool = False
+) -> Bool[Tensor, "layers batch kv_heads n"]:
+    """Keys of the context that are held when the questions begin, by KV head where these decide apart (else one): those
+    that the first query behind it sees. questions_drop: and those that this query drops itself, as gates do, which it
+    had to find there."""
     times = taken.drop_time if taken.drop_time.ndim == 4 else taken.drop_time[:, :, None]
-    return (times > batch.context_end[:, None, None]) & in_context(batch)[:, None]
+    seen = times + 1 if questions_drop else times
+    return (seen > batch.context_end[:, None, None]) & in_context(batch)[:, None]

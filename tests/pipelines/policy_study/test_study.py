@@ -200,6 +200,26 @@ def test_delayed_eviction_is_settled_in_the_weights_and_restored_from_them(subje
     assert torch.equal(again.kept, found.kept) and torch.equal(again.right, found.right)
 
 
+def test_what_gates_are_counted_to_keep_is_what_a_cache_holds_when_the_questions_begin(subject):
+    """Also where the first question drops it at once."""
+    task = subject[0]
+    torch.manual_seed(1)
+    model = ctxprune.retrofit(model_of(subject), named(["learned gates"])[0].policy(0.5)).eval()
+    for wrapper in wrappers(model):
+        with torch.no_grad():
+            wrapper.rule.gate.beta.fill_(0.5)
+            for weights in (wrapper.rule.gate.query.weight, wrapper.rule.gate.key.weight):
+                weights.normal_(0.0, 0.5)
+    rows, cache = task.batch("test", 0, 0, 32), ctxprune.PrunedCache()
+    with torch.inference_mode():
+        model(rows.input_ids[:, : rows.end], past_key_values=cache, use_cache=True)
+        held = cache.live_tokens().double().mean(0) / rows.end
+        model(rows.input_ids[:, rows.end, None], past_key_values=cache, use_cache=True)
+        left = (cache.live_tokens().double().mean(0) - 1) / rows.end
+    assert torch.allclose(measure(model, task, 32).kept, held)
+    assert (left < held).float().mean() > 0.5 and held.max() < 0.9
+
+
 def test_the_oracle_keeps_what_is_needed_and_its_precision_says_so(subject):
     task = subject[0]
     (method,) = named(["oracle"])
