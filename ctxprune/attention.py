@@ -129,9 +129,13 @@ class PrunedAttention(nn.Module):
     def lifetime(self, position: Tensor, pinned: Tensor | None = None) -> Tensor | None:
         """Queries that see each key by position alone, (batch, n); dense mode bypasses the rule, never the model's own
         sliding window. pinned: keys that no rule drops."""
-        window = getattr(self.inner, "sliding_window", None) or self.sliding_window
         rule = Rule() if self.mode == "dense" else self.rule
-        return lifetimes(position, rule, self.state.policy.sinks, self.state.policy.recent, window, pinned)
+        return lifetimes(position, rule, self.state.policy.sinks, self.state.policy.recent, self.window, pinned)
+
+    @property
+    def window(self) -> int | None:
+        """The model's own sliding window in this layer."""
+        return getattr(self.inner, "sliding_window", None) or self.sliding_window
 
     def inherit(self, drop_time: Tensor) -> Tensor:
         """With propagate_in_depth, a key gone in the layer above is gone here: the earlier of the two drop times."""

@@ -191,6 +191,11 @@ class Batcher:
             # What a request had written before it had to wait is not part of its prompt.
             ends = [len(one.prompt) for one in group]
             logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk, ends)
+        except UserError:  # one of them cannot be served, and is told so alone
+            if len(group) == 1:
+                raise
+            self.waiting.extendleft(reversed(group))
+            return self._read([self.waiting.popleft()])
         except PoolFull:
             self.kept = min(1.0, 1.5 * self.kept)
             self.waiting.extendleft(reversed(group))
@@ -203,6 +208,9 @@ class Batcher:
                 f"max_cache_bytes is {self.max_cache_bytes}: too small for the request of {len(group[0].text())} "
                 "tokens, give more"
             ) from None
+        except BaseException:  # whatever went wrong, nobody is lost
+            self.waiting.extendleft(reversed(group))
+            raise
         cache.shrink(0.0)
         self._learn(cache, group)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes() + cache.allocated_bytes())
@@ -251,6 +259,7 @@ class Batcher:
         while not self.cache.make_room():
             if len(self.running) == 1:
                 one = self.running[0]
+                self._keep([])  # what it has written stays true, and others may come
                 raise UserError(
                     f"max_cache_bytes is {self.max_cache_bytes}: too small for a sequence of {len(one.text())} tokens, "
                     "give more"

@@ -17,6 +17,7 @@ from ctxprune.cold_store import archive
 from ctxprune.errors import UserError
 from ctxprune.layer_cache import LayerCache
 from ctxprune.new_tokens import Arrival, NewTokens
+from ctxprune.page_pool import PoolFull
 from ctxprune.pinning import each_row, stacked
 from ctxprune.revival import Alarm
 
@@ -63,9 +64,8 @@ class PrunedCache(Cache):
         self.held: list[LayerCache] = []
         self.length: Tensor | None = None
         """(rows,) positions each row has seen: that of its next token."""
-        self.seen = 0
-        self.page, self.max_live_tokens, self.reversible = page, max_live_tokens, reversible
-        self.pinned, self.max_bytes = pinned, max_bytes
+        self.seen, self.page, self.max_live_tokens = 0, page, max_live_tokens
+        self.reversible, self.pinned, self.max_bytes = reversible, pinned, max_bytes
         self.prompt: Tensor | None = None
         """(rows,) positions of each row's prompt, for policies that drop at its end: by default the first pass."""
         self.reading = True
@@ -79,8 +79,7 @@ class PrunedCache(Cache):
         self.expected: Tensor | None = None
         """(rows,) positions that each row will have and keep, if that is known before the first: their pages are taken
         at once."""
-        self.layers = []
-        self.offloading = False
+        self.layers, self.offloading = [], False
 
     # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -139,7 +138,10 @@ class PrunedCache(Cache):
 
     def hold(self, layer: LayerCache) -> None:
         """The next layer's keys are kept in this one."""
-        layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
+        if self.max_bytes is not None:
+            if self.allocated_bytes() + layer.allocated_bytes() > self.max_bytes:
+                raise PoolFull
+            layer.spare_pages = self.spare_pages
         if self.expected is not None:
             layer.reserve(int((-(-self.expected // self.page)).sum()))
         self.held.append(layer)

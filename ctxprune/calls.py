@@ -163,10 +163,12 @@ class Cached:
             drop_time = self.drop_time[:, i]
         if cache.max_live_tokens is not None:
             enforce(layer, gate_query, beta, step, cache.max_live_tokens)
-        if cache.reversible:
-            layer.pages.free.fill_(-1)  # slots of dropped keys may have to come back
+        # Slots of dropped keys may have to come back, or tell the layer below what went while a chunk was read.
+        held = cache.reversible or (self.in_depth and new.step.shape[1] > 1)
+        if held:
+            layer.pages.free.fill_(-1)
         # Slots that are planned ahead would be planned anew whenever tokens are taken back.
-        layer.make_room(step, idle=new.real is not None or cache.reversible)
+        layer.make_room(step, idle=new.real is not None or held)
         now = query[:, :, i]
         output = kernels.decode_attention(
             now, key[:, :, i], value[:, :, i], gate_query, gate_key, beta, step, layer.pages,

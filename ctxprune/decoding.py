@@ -40,8 +40,11 @@ def decide(
             ranked_calls.refuse(cache)
             _look_for_the_prompts_end(cache)
     new = cache.new
-    if cache.alarm is not None and wrapper.state.propagate_in_depth:
-        raise UserError("an alarm does not go with propagate_in_depth: what came back would be dropped from above")
+    if cache.alarm is not None:
+        if wrapper.state.propagate_in_depth:
+            raise UserError("an alarm does not go with propagate_in_depth: what came back would be dropped from above")
+        if wrapper.window is not None:
+            raise UserError("an alarm does not go with a model's own sliding window: keys outside would come back")
     gate = wrapper.gate
     gates = None if gate is None else gate(hidden)
     first, drop_time = wrapper.layer_idx >= len(cache.held), None

@@ -38,7 +38,7 @@ class InteractionGate(nn.Module):
         # Asked for as attributes, a module's parameters are found last: at every step, in every layer.
         layers: dict[str, Any] = self._modules
         own: dict[str, Any] = self._parameters
-        query, key = layers["query"]._parameters["weight"], layers["key"]._parameters["weight"]
+        query, key = (layers[name]._parameters.get("weight") for name in ("query", "key"))
         found = interactions(hidden, query, key, own["beta"])
         if found is None:  # also where ZeRO-3 keeps the weights elsewhere, and brings them when their layers are called
             # beta leaves as a computed tensor: ZeRO-3 frees the parameter itself as soon as this module returns.

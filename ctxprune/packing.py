@@ -46,8 +46,8 @@ class PackedLinear(nn.Module):
     """In the place of a Linear (or of GPT-2's Conv1D): the same parameters, and packed ones for inference on a CPU.
 
     While gradients are recorded, on another device or in another type, it is the layer that it replaces; if the weight
-    is changed, it is packed again. Optimizers that change it behind the back of its version counter are noticed where
-    they are used as usual, between train() and eval().
+    is changed or replaced, it is packed again. What changes it in place through `.data`, as some optimizers do, is
+    noticed where they are used as usual, between train() and eval().
     """
 
     def __init__(self, inner: nn.Linear | Conv1D):
@@ -58,7 +58,8 @@ class PackedLinear(nn.Module):
         self.packed: Tensor | None = None
         self.rows = 0
         """What it was packed for."""
-        self.version = -1
+        self.made_of: tuple = ()
+        """The weight that it was packed from, where that lay, and its version."""
         self.single = True
         """Whether a single row is multiplied by packed weights too."""
         self.asked = self.calls = 0
@@ -95,11 +96,13 @@ class PackedLinear(nn.Module):
         """Pack the weights so, for this many rows."""
         with torch.inference_mode(False):
             self.packed = layout.pack(self.matrix.detach().contiguous(), rows)
-        self.layout, self.rows, self.version = layout, rows, self.weight._version
+        self.layout, self.rows, self.made_of = layout, rows, (self.weight, self.weight.data_ptr(), self.weight._version)
 
     def _serves(self, rows: int) -> bool:
-        fresh = self.packed is not None and self.version == self.weight._version
-        return fresh and (self.layout.any_rows or self.rows == rows)
+        if self.packed is None or not (self.layout.any_rows or self.rows == rows):
+            return False
+        weight, (made_of, address, version) = self.weight, self.made_of
+        return made_of is weight and address == weight.data_ptr() and version == weight._version
 
     def _steady(self, rows: int) -> bool:
         """Whether as many rows as now have come for long enough to pack for them."""
@@ -109,37 +112,47 @@ class PackedLinear(nn.Module):
 
     def train(self, mode: bool = True) -> PackedLinear:
         """As of every module."""
-        self.packed = None
+        if mode or self.training:
+            self.packed = None
         return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> PackedLinear:
+        # The weights go to another device or type, and maybe back.
+        self.packed = None
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
         # What is packed has no storage that could be copied; the copy packs its own.
-        return self.__dict__ | {"packed": None, "version": -1}
+        return self.__dict__ | {"packed": None, "made_of": ()}
+
+
+def _pack_by_onednn(matrix: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS)
 
 
 def _by_onednn(x: Tensor, layer: PackedLinear) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
 
 
+def _pack_by_mkl(matrix: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkl._mkl_reorder_linear_weight(matrix, rows)
+
+
 def _by_mkl(x: Tensor, layer: PackedLinear) -> Tensor:
     return torch.ops.mkl._mkl_linear(x, layer.packed, layer.matrix, layer.bias, layer.rows)
 
 
-ONEDNN = Layout(
-    "oneDNN", lambda matrix, _: torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS), _by_onednn, any_rows=True
-)
-MKL = Layout(
-    "MKL", lambda matrix, rows: torch.ops.mkl._mkl_reorder_linear_weight(matrix, rows), _by_mkl, any_rows=False
-)
+ONEDNN = Layout("oneDNN", _pack_by_onednn, _by_onednn, any_rows=True)
+MKL = Layout("MKL", _pack_by_mkl, _by_mkl, any_rows=False)
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """Let every linear layer of a float32 model on the CPU multiply by packed weights at inference, in place; returns
-    the model. Its parameters keep their names, and it can be saved and trained as before; the packed copies take the
-    memory of the weights once more. Layouts are timed, all layers of a shape after each other, a few times as long as a
-    step of the model takes: the faster one for ROWS rows is taken, and a single row is multiplied by it or by the
-    weights as they are, whichever is faster. MKL's is made once a number of rows has come for STEADY calls; other calls
-    are multiplied by the weights as they are.
+    """Let every plain linear layer of a float32 model on the CPU multiply by packed weights at inference, in place;
+    returns the model. Its parameters keep their names, and it can be saved and trained as before; the packed copies
+    take the memory of the weights once more. Layouts are timed, all layers of a shape after each other, a few times as
+    long as a step of the model takes: the faster one for ROWS rows is taken, and a single row is multiplied by it or by
+    the weights as they are, whichever is faster. MKL's is made once a number of rows has come for STEADY calls; other
+    calls are multiplied by the weights as they are.
 
     Raises UserError where this build of torch cannot pack.
     """
@@ -147,7 +160,7 @@ def pack(model: nn.Module) -> nn.Module:
         raise UserError("this build of torch has no oneDNN: leave the model as it is")
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear | Conv1D) and _packable(child.weight):
+            if isinstance(child, nn.Linear | Conv1D) and _replaceable(child):
                 packed = PackedLinear(child)
                 packed.train(child.training)
                 setattr(parent, name, packed)
@@ -202,5 +215,11 @@ def _seconds(product: Callable[[PackedLinear, Tensor], Tensor], layers: Iterable
     return time.perf_counter() - start
 
 
+def _replaceable(child: nn.Linear | Conv1D) -> bool:
+    """Whether it is a linear layer and nothing more: neither one with ways of its own nor one that somebody watches."""
+    watched = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
+    return type(child) in (nn.Linear, Conv1D) and _packable(child.weight) and not watched
+
+
 def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_inference()

@@ -10,10 +10,12 @@ from ctxprune.retrofitting import wrappers
 
 
 def check_prompt(model, prompt: Int[Tensor, " n"], max_new_tokens: int) -> None:
-    """Raises UserError for an empty prompt, ids outside the vocabulary, max_new_tokens < 1, and more tokens than the
-    model has positions."""
+    """Raises UserError for what is no row of token ids, an empty prompt, ids outside the vocabulary,
+    max_new_tokens < 1, and more tokens than the model has positions."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+    if not isinstance(prompt, Tensor) or prompt.ndim != 1 or prompt.is_floating_point():
+        raise UserError("a prompt is a 1-D tensor of token ids: give a list of them, or a tensor (batch, n)")
     if len(prompt) == 0:
         raise UserError("the prompt is empty: give at least one token")
     limit = getattr(model.config, "max_position_embeddings", None)

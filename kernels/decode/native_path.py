@@ -117,13 +117,17 @@ def extend_attention(
     return module.extend(query, gates, step.contiguous(), state, scale)
 
 
-def interactions(hidden: Tensor, query: Tensor, key: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def interactions(
+    hidden: Tensor, query: Tensor | None, key: Tensor | None, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """hidden (rows, n, width) times the weights (rank, width) of a gate's two layers, (rows, n, rank) each, and a copy
     of its offset, at once. A token's numbers do not depend on those beside it.
 
-    None where a library does it as well or better: many tokens, another device or type, gradients, or no compiled
-    kernel.
+    None where a library does it as well or better: many tokens, another device or type, gradients, weights that a layer
+    makes up (None), or no compiled kernel.
     """
+    if query is None or key is None:
+        return None
     if hidden.device.type != "cpu" or hidden.dtype not in DTYPES or hidden.shape[0] * hidden.shape[1] > FEW:
         return None
     if torch.is_grad_enabled() or hidden.dtype != query.dtype:

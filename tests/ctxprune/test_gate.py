@@ -83,3 +83,12 @@ def test_weights_that_are_elsewhere_are_asked_for_through_their_layers():
             layer.register_forward_pre_hook(lambda module, _, whole=whole: setattr(module.weight, "data", whole))
         after = gate(hidden)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(before, after, strict=True))
+
+
+def test_a_gate_whose_weights_are_made_up_is_called_as_written():
+    gate, hidden = InteractionGate(8, 4, 1.0), torch.randn(1, 1, 8)
+    with torch.inference_mode():
+        wanted = gate(hidden)
+        torch.nn.utils.parametrizations.weight_norm(gate.query)
+        found = gate(hidden)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, wanted, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -78,12 +79,60 @@ def test_an_optimizer_that_hides_its_changes_is_noticed_after_training(layout):
     assert agrees(layer.eval())
 
 
+@pytest.mark.parametrize("how", ["data", "assign", "parameter", "types"])
+def test_a_weight_that_was_replaced_is_packed_again(layout, how):
+    """A new one has the version that the old one had."""
+    layer, other = packed_linear(layout).eval(), torch.nn.Linear(7, 5)
+    assert agrees(layer)
+    if how == "data":
+        layer.weight.data = other.weight.data
+    elif how == "assign":
+        layer.load_state_dict(other.state_dict(), assign=True)
+    elif how == "parameter":
+        layer.weight = other.weight
+    else:
+        layer.bfloat16().float()
+        assert layer.packed is None  # nor does a copy stay where the weights no longer are
+    assert agrees(layer)
+
+
+def test_what_is_packed_stays_while_a_model_stays_in_eval_mode(layout):
+    """A batcher says eval() at every step."""
+    layer = packed_linear(layout).eval()
+    assert agrees(layer)
+    before = layer.packed
+    assert layer.eval().packed is before and layer.train(False).packed is before
+    assert layer.train().packed is None
+
+
+def test_only_plain_linear_layers_are_replaced():
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), 1
+
+    watched = torch.nn.Linear(4, 4)
+    watched.register_forward_hook(lambda *_: None)
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+    with torch.inference_mode():
+        made_there = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(Router(4, 4), watched, normed, made_there, torch.nn.Linear(4, 4))
+    names = list(model.state_dict())
+    kinds = [isinstance(layer, PackedLinear) for layer in pack(model)]
+    assert kinds == [False] * 4 + [True] and list(model.state_dict()) == names
+
+
+def test_a_packed_model_can_be_pickled(layout):
+    model = pack(torch.nn.Sequential(torch.nn.Linear(7, 5)))
+    assert agrees(model[0])
+    assert agrees(pickle.loads(pickle.dumps(model))[0])
+
+
 def test_twin_an_old_packing_is_caught(layout):
     layer = packed_linear(layout)
     assert agrees(layer)
     with torch.no_grad():
         layer.weight.mul_(-2)
-    layer.version = layer.weight._version
+    layer.made_of = (layer.weight, layer.weight.data_ptr(), layer.weight._version)
     assert not agrees(layer)
 
 
