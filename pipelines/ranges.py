@@ -102,7 +102,7 @@ RANGES = {
     "hidden.asked": "[0, 1048576]",
     "hidden.batches": "[1, 65536]",
     "hidden.seed": "[0, 9223372036854775807]",
-    "study.shares": "(0, 1]",
+    "study.shares": "(0, 1)",
     "study.seeds": "[0, 9223372036854775807]",
     "study.rows": "[2, 1000000]",
     "study.steps": "[1, 1000000]",

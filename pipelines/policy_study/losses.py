@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from pipelines.policy_study.table import LEARNED, missed
+from pipelines.policy_study.table import LEARNED, better, missed
 
 
 def losers(made: list[dict]) -> list[str]:
@@ -17,7 +17,7 @@ def losers(made: list[dict]) -> list[str]:
         others = [row for row in fair if row["decides"] not in LEARNED]
         if others:
             best = max(others, key=lambda row: row["right"])
-            found += [_beaten(row, best) for row in learned if row["lowest"] <= best["highest"]]
+            found += [_beaten(row, best) for row in learned if not better(row, best)]
         found += [
             _slow(row) for row in learned if any(_over(row[name]) for name in ("read_of_dense", "token_of_dense"))
         ]
@@ -46,8 +46,7 @@ def _beaten(row: dict, best: dict) -> str:
     start = f"{_where(row)} {_told(row)} does not beat {best['method']} {_told(best)}, the best without learning"
     if row["seeds"] == 1:
         return f"{start}."
-    below = best["lowest"] > row["highest"]
-    return f"{start}: {'every seed is below' if below else 'the seeds overlap'}."
+    return f"{start}: {'it answers less with every seed' if better(best, row) else 'some seeds answer less'}."
 
 
 def _over(times: float | None) -> bool:
@@ -61,6 +60,7 @@ def _slow(row: dict) -> str:
 
 
 def _off(row: dict) -> str:
-    off = row["kept"] / row["share"] - 1
-    way = "more" if off > 0 else "fewer"
-    return f"{_where(row)} missed its budget: it kept {row['kept']:.3f} of the keys, {abs(off):.1%} {way} than asked."
+    off = row["kept_worst"] / row["share"] - 1
+    way, one = "more" if off > 0 else "fewer", " with one seed" if row["seeds"] > 1 else ""
+    kept = f"it kept {row['kept_worst']:.3f} of the keys{one}, {abs(off):.1%} {way} than asked"
+    return f"{_where(row)} missed its budget: {kept}."

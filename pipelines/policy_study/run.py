@@ -53,9 +53,13 @@ def checked(config: Config) -> list[Method]:
         if name not in tasks.TASKS:
             tasks.from_dict({"task": name})  # refuses it, with the nearest
     texts.check(study)
-    for name in ("shares", "seeds"):
-        if not getattr(study, name):
+    for name in ("tasks", "shares", "seeds", "methods"):
+        listed = getattr(study, name)
+        if name in ("shares", "seeds") and not listed:
             raise UserError(f"study.{name} is empty: list at least one")
+        for one in listed:
+            if listed.count(one) > 1:
+                raise UserError(f"study.{name} lists {one} twice: once is enough")
     methods = named(study.methods)
     for name in study.tasks:
         if not possible(name, methods):

@@ -74,12 +74,13 @@ def five(method: str, *rights: float, task: str = "recall", **more) -> list[dict
 def test_the_table_says_per_task_whether_reward_beats_a_constant():
     invisible = "recall_invisible"
     made = table.rows(
-        five("H2O, best constant", 0.88, 0.90) + five("agent", 0.91, 0.97) + five("budget bandit", 0.85, 0.87)
-        + five("H2O, best constant", 0.50, 0.53, task=invisible) + five("agent", 0.49, 0.51, task=invisible)
+        five("H2O, best constant", 0.88, 0.90) + five("agent", 0.89, 0.97) + five("budget bandit", 0.85, 0.89)
+        + five("H2O, best constant", 0.50, 0.53, task=invisible) + five("agent", 0.49, 0.54, task=invisible)
         + five("agent, no features", 0.9, 0.9, task=invisible)
     )  # fmt: skip
     first, second, third = table.against_constant(made)
-    assert "recall at 0.25: agent beats the best constant: 0.910 to 0.970 against 0.880 to 0.900 (2 and 2" in first
+    assert "recall at 0.25: agent beats the best constant: 0.890 to 0.970 against 0.880 to 0.900; seed" in first
+    assert first.endswith("seed by seed +0.010 to +0.070 (2 seeds)")
     assert "recall at 0.25: budget bandit is BELOW" in second
     assert "recall_invisible at 0.25: agent equals the best constant within" in third
     assert table.against_constant(table.rows(five("agent", 0.9))) == []

@@ -54,6 +54,8 @@ def test_a_missed_budget_is_said():
     rows = table.rows([record("agent", 0.9, kept=0.26), record("H2O", 0.8, kept=0.2512)])
     assert table.unfair(rows) == ["recall at 0.25: agent kept 0.260"]
     assert "budget missed: recall at 0.25: agent" in table.text([record("agent", 0.9, kept=0.26)])
+    rows = table.rows([record("agent", 0.9, seed, kept=kept) for seed, kept in enumerate((0.26, 0.25, 0.24))])
+    assert table.unfair(rows) == ["recall at 0.25: agent kept 0.260 with one seed, 0.250 in the mean"]
 
 
 def test_the_table_and_plots_hold_every_method():
@@ -274,6 +276,8 @@ def test_one_point_that_fails_stops_no_other(tmp_path, monkeypatch):
         (["study.methods=[h20]"], "nearest: 'H2O'"),
         (["study.shares=[]"], "study.shares is empty"),
         (["study.seeds=[]"], "study.seeds is empty"),
+        (["study.seeds=[1,0,1]"], "study.seeds lists 1 twice"),
+        (["study.methods=[H2O,H2O]"], "study.methods lists H2O twice"),
         (["study.rows=64,128"], "takes lists"),
     ],
 )
@@ -284,7 +288,7 @@ def test_a_study_that_makes_no_sense_is_refused_before_any_work(tmp_path, words,
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("words", [["study.shares=[0]"], ["study.shares=[1.5]"], ["study.rows=0"], ["study.steps=0"]])
+@pytest.mark.parametrize("words", [["study.shares=[0]"], ["study.shares=[1.0]"], ["study.rows=0"], ["study.steps=0"]])
 def test_budgets_out_of_range_are_refused(tmp_path, words):
     with pytest.raises(UserError, match=words[0].partition("=")[0]):
         config_of(tmp_path, *words)
