@@ -24,8 +24,8 @@ class StudyConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each seed is a small model of its own, and what is taught on it."""
     rows: int | None = None
-    """Test rows per point; null: 2,048, or all that a task of files has. At an eighth of the context the mean that a
-    threshold keeps of 512 is off by 1 to 2 %."""
+    """Test rows per point, and validation rows that thresholds are set on; null: 2,048, or all that a task of files
+    has. At an eighth of the context the mean that a threshold keeps of 512 is off by 1 to 2 %."""
     steps: int = 700
     """Training steps of each small model."""
     seconds: float | None = None

@@ -83,7 +83,9 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     rows, (dense, said) = inputs["rows"], _dense(root, json.dumps(inputs["model"]), inputs["rows"])
     seed, seconds, notes = inputs["model"]["seed"], inputs.get("seconds"), {}
     torch.manual_seed(seed)  # gates and networks begin alike, whatever this process has measured before
-    model = retrofitted(method, small(root, inputs["model"]), task, inputs["share"], seed, seconds=seconds, notes=notes)
+    # Thresholds are set on as many rows as are measured.
+    model, told = small(root, inputs["model"]), {"seconds": seconds, "notes": notes, "rows": rows}
+    model = retrofitted(method, model, task, inputs["share"], seed, **told)
     shown = partial(method.shown, share=inputs["share"]) if method.shown else None
     found = measure(model, task, rows, prepared=method.around, dense=said, shown=shown)
     save_file(

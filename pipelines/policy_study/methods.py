@@ -74,12 +74,12 @@ class Method:
 
 def retrofitted(
     method: Method, model, task: Task, share: float, seed: int, *, seconds: float | None = None,
-    notes: dict[str, float] | None = None,
+    notes: dict[str, float] | None = None, rows: int | None = None,
 ):  # fmt: skip
     """The model under this way to prune, keeping that share of each context (on average, where it is adaptive).
 
     seconds: how long it may be taught, where the method is limited. notes: takes down `taught_in`, the seconds that it
-    was, and what the method reports.
+    was, and what the method reports. rows: that a threshold is set on.
     """
     config, notes = method.policy(share), {} if notes is None else notes
     model, report = ctxprune.retrofit(model, config), None
@@ -88,7 +88,7 @@ def retrofitted(
         report = method.prepare(model, task, share, seed, *([seconds] if method.limited else []))
         notes["taught_in"] = time.perf_counter() - start
     if method.adaptive:
-        settle(model, task, share)
+        settle(model, task, share, rows)
     model.eval()
     if report is not None:
         notes |= report(model, task)

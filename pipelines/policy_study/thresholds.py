@@ -17,7 +17,7 @@ from ctxprune.tasks import Task
 from pipelines.policy_study.measure import measure
 
 ROWS, FEW = 2048, 256
-"""Validation rows that thresholds are set on, as far as there are so many, and those that say where to look."""
+"""Validation rows that thresholds are set on, where nobody says how many, and those that say where to look."""
 OFF = 0.03
 """Part of the budget that the mean of FEW rows may be off by, at an eighth of the context."""
 MISSED = 0.002
@@ -28,10 +28,11 @@ Kept = Callable[[float], float]
 """The share that a threshold keeps; falls as it rises."""
 
 
-def settle(model, task: Task, share: float) -> None:
-    """Set one threshold for all layers, on validation rows, so that this share of the context is kept on average: at
-    most MISSED of it less, never more. Where scores are tied no one threshold does (in the first layer they depend on
-    the token alone, and go in groups): then the last layer takes a threshold of its own, as far as that goes.
+def settle(model, task: Task, share: float, rows: int | None = None) -> None:
+    """Set one threshold for all layers, on so many validation rows (as far as there are), so that this share of the
+    context is kept on average: at most MISSED of it less, never more. Where scores are tied no one threshold does (in
+    the first layer they depend on the token alone, and go in groups): then the last layer takes a threshold of its own,
+    as far as that goes.
 
     Where it is a parameter already, the offset of gates and of what decides when a key comes, it stays among the
     model's weights.
@@ -49,7 +50,8 @@ def settle(model, task: Task, share: float) -> None:
         return measure(model, task, rows, split="validation").kept.mean().item()
 
     model.eval()
-    rows = min(ROWS, task.rows("validation") or ROWS)
+    rows = ROWS if rows is None else rows
+    rows = min(rows, task.rows("validation") or rows)
     # Where the first one stops at a jump it need not be found to the last digit: the second makes up for that too.
     for first, turns in ((0, 18), (len(rules) - 1, 30)):
         low, high, _ = found(partial(kept, first=first, rows=min(FEW, rows)), share, -1.0, 1.0, turns, OFF)

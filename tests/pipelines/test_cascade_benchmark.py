@@ -132,7 +132,6 @@ def here(tmp_path, monkeypatch):
 
 def test_the_verb_trains_asks_and_judges_once(here, capsys, monkeypatch):
     monkeypatch.setattr(methods, "FineTuning", partial(FineTuning, steps=2))
-    monkeypatch.setattr(methods, "THRESHOLD_ROWS", 64)
     words = [
         "cascade.budgets=[8]",
         "cascade.risks=[0.5]",
