@@ -298,13 +298,3 @@ def test_nothing_in_an_invisible_context_tells_what_will_be_needed_or_how_much()
     assert (batch.input_ids[:, 1 : task.length - 1] >= task.symbols.first_filler).all()
     # The twin: in recall a token tells, for filler is never needed and FACT always is.
     assert telling(RecallConfig(length=32, facts=3, decoys=2, keys=8, values=8, fillers=8))[1] > 2
-
-
-@pytest.mark.parametrize("task", [RecallConfig(), QuestionsConfig(), OverwriteConfig()], ids=lambda task: task.name)
-def test_batches_are_equally_hard_and_their_rows_in_no_order(task):
-    batches = [task.batch("test", 0, index, 64).difficulty for index in range(4)]
-    counts = [batch.unique(return_counts=True)[1] for batch in batches]
-    assert all(count.max() - count.min() <= 1 and len(count) > 2 for count in counts)
-    assert not any(batch.equal(batch.sort().values) for batch in batches) and not batches[0].equal(batches[1])
-    # A batch of one row is not always the easiest.
-    assert len({task.batch("test", 0, index, 1).difficulty.item() for index in range(40)}) == len(counts[0])
