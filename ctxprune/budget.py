@@ -44,6 +44,10 @@ class SparsityController:
     """Instant relative change per unit of error."""
     most: float = 100.0
     """Highest gamma: where the goal cannot be reached it would rise for ever."""
+    band: float = 0.0
+    """Part of what may stay, 1 - target, by which the measured sparsity may miss the target once the goal stands still
+    there before gamma is touched again. Sharp gates hardly follow: over the last hundredths gamma would rise until it
+    takes the task along, or fall to nothing. A threshold sets those afterwards."""
     smoothed: float | None = None
     """Running mean of the measured sparsity."""
     start: float | None = None
@@ -61,6 +65,8 @@ class SparsityController:
         """Take a measurement after a share `progress` of the training; returns the gamma to use from now on."""
         if self.start is None:
             self.start = measured
+        if progress >= self.ramp and abs(measured - self.target) < self.band * (1.0 - self.target):
+            measured = self.smoothed = self.target
         self.smoothed = measured if self.smoothed is None else 0.5 * self.smoothed + 0.5 * measured
         error = self.goal(progress) - self.smoothed
         passed, self.last = progress - self.last, progress

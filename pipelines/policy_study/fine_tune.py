@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,7 +23,9 @@ _SHARP_ALPHA = 4.0  # from here on soft and hard sparsity differ little, and the
 _WARM_UP, _DECAY = 30, 0.3  # steps; share of them
 _MEASURE_EVERY = 4
 _BETAS = (0.9, 0.98)  # with 0.999 one hard row among solved ones moves a weight threefold, and the model is lost
-_MOST = 3.0  # sparsity weight; at 1 real texts kept twice their budget, and the threshold took their answers with it
+_RAMP, _MOST, _BAND = 0.25, 10.0, 0.2  # of the sparsity controller: pressed hard while gates are soft, then left alone
+_RECENT = 8  # steps whose answers say how many are lost
+_LOST = 0.1  # part of its answers that a model may have lost before nothing presses it to drop more
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
-    controller = SparsityController(how.sparsity, most=_MOST) if gates and how.sparsity else None
-    gamma = controller.gamma if controller else 0.0
+    controller = None
+    if gates and how.sparsity:
+        controller = SparsityController(how.sparsity, ramp=_RAMP, most=_MOST, band=_BAND)
+    gamma, right = controller.gamma if controller else 0.0, []
     model.train()
     for step in range(how.steps):
         done = step / how.steps
@@ -66,9 +71,10 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         logits = model(rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
         asked = rows.answers != IGNORED
         loss = cross_entropy(logits[asked], rows.answers[asked])
+        right.append((logits[asked].argmax(-1) == rows.answers[asked]).float().mean().item())
         kept = objective.kept_share(model) if gates else torch.zeros(())
         optimizer.zero_grad()
-        (loss + gamma * kept).backward()
+        (loss + pressing(right) * gamma * kept).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if controller is not None and measuring:
@@ -81,3 +87,16 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
             progress(step + 1, loss.item())
     state.record = state.prompt = None
     model.eval()
+
+
+def pressing(right: list[float]) -> float:
+    """Part of the sparsity weight to press with, in [0, 1]: the less, the more answers are lost.
+
+    right: share of the answers that were right, step by step. What sharp gates have dropped they do not learn to keep
+    again, so a model is pressed no further until it answers from what it has.
+    """
+    first = mean(right[:_WARM_UP])  # gates begin open
+    if len(right) <= _WARM_UP or first == 0.0:
+        return 1.0
+    lost = 1.0 - mean(right[-_RECENT:]) / first
+    return min(1.0, max(0.0, 1.0 - lost / _LOST))

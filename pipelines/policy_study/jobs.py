@@ -25,7 +25,7 @@ from pipelines.policy_study.measure import Outcome, measure, predictions
 from pipelines.policy_study.methods import named, retrofitted
 
 FORMAT = 6
-"""Raised when a step's output would differ for the same inputs."""
+"""Raised when a step's output would differ for the same inputs; where only one method's would, its edition is."""
 SHAPE = small_model.Shape()
 ROWS = 2048
 """Test rows per point, where the study does not say."""
@@ -49,6 +49,8 @@ def point_inputs(model: dict, method: str, share: float, rows: int, seconds: flo
     """What one point of the study depends on; on a limit in seconds only where the method has one."""
     inputs = {"format": FORMAT, "model": model, "method": method, "share": share, "rows": rows}
     (found,) = named([method])
+    if found.edition > 1:
+        inputs["edition"] = found.edition
     return inputs if seconds is None or not found.limited else inputs | {"seconds": seconds}
 
 

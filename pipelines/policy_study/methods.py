@@ -58,7 +58,8 @@ class Method:
     batch needs. adaptive: the budget is the mean over inputs (a threshold set on validation rows), otherwise every
     input keeps the same share. aware: has seen the questions when it decides: not possible in use, so these stand
     apart. shown: the columns that the model is given, by batch and share. limited: prepare also takes how many seconds
-    it may last. told: needs a task that knows its truth."""
+    it may last. told: needs a task that knows its truth. edition: raised when what this way does changes, so that
+    its points are measured again, and only these."""
 
     name: str
     kind: Kind
@@ -70,6 +71,7 @@ class Method:
     shown: Callable[[TaskBatch, float], Tensor] | None = None
     limited: bool = False
     told: bool = False
+    edition: int = 1
 
 
 def retrofitted(
@@ -225,7 +227,7 @@ METHODS = (
         "agent, no features", "control", _by_threshold("agent", blind=True), rewarded.agent, adaptive=True, limited=True
     ),
     Method("budget bandit", "reward", rewarded.budgets(SINKS, RECENT), rewarded.bandit, adaptive=True, limited=True),
-    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True),
+    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=2),
     Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
     Method("oracle", "control", _ranked("given"), around=_truth, aware=True, told=True),

@@ -117,6 +117,24 @@ def test_the_controller_settles_on_the_target_whatever_the_gain_of_the_model(tar
     assert max(abs(value - target) for value in late) < 0.03
 
 
+@pytest.mark.parametrize("measured", [0.77, 0.83])
+def test_close_to_a_goal_that_stands_still_gamma_stays_as_it_is_and_the_kick_is_gone(measured):
+    """0.03 off, where 0.2 may stay: inside a band of a fifth of it, not of a tenth."""
+
+    def watched(band: float, progress: float) -> tuple[SparsityController, float]:
+        controller = SparsityController(0.8, ramp=0.3, band=band)
+        controller.update(0.8, 0.0)
+        gamma = controller.gamma = 0.5
+        return controller, controller.update(measured, progress) / gamma
+
+    inside, factor = watched(0.2, 0.31)
+    assert inside.gamma == 0.5 and factor == 1.0
+    for band, progress in ((0.1, 0.31), (0.0, 0.31), (0.2, 0.29)):
+        moved, factor = watched(band, progress)
+        assert (moved.gamma > 0.5) == (measured < 0.8) == (factor > 1.0)
+    assert inside.update(0.5, 0.32) > 0.5 and inside.gamma > 0.5, "far off it is at work again"
+
+
 def test_gamma_stays_within_bounds():
     low, high = SparsityController(0.9), SparsityController(0.9)
     for step in range(500):

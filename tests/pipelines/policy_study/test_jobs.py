@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipelines.policy_study import jobs
+from pipelines.policy_study.methods import named
 
 
 def test_a_point_starts_from_its_seed_whatever_was_drawn_before(monkeypatch, tmp_path):
@@ -31,3 +34,15 @@ def test_a_point_starts_from_its_seed_whatever_was_drawn_before(monkeypatch, tmp
         return caught.value.args[0]
 
     assert begun(0, before=1) == begun(0, before=2) != begun(1, before=1)
+
+
+def test_where_one_way_changes_its_points_alone_are_measured_again(monkeypatch):
+    model = jobs.model_inputs("recall", 4, 0)
+
+    def inputs(edition: int) -> list[dict]:
+        ways = [replace(way, edition=edition if way.name == "DMS" else 1) for way in named(["SnapKV", "DMS"])]
+        monkeypatch.setattr(jobs, "named", lambda names: [way for way in ways if way.name in names])
+        return [jobs.point_inputs(model, way.name, 0.5, 64) for way in ways]
+
+    (same, first), (unchanged, second) = inputs(1), inputs(2)
+    assert same == unchanged and first != second
