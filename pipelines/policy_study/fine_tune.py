@@ -18,14 +18,18 @@ from ctxprune.tasks import Task
 from ctxprune.tasks.scoring import in_context
 from pipelines.policy_study.measure import alive
 
-_SHARP_FROM = 0.8  # share of the steps after which the gates are as sharp as they get
+# What stays is found while gates are soft: sharp ones no longer learn from what they keep or drop for certain.
+_SOFT_UNTIL, _SHARP_FROM = 0.4, 0.8  # shares of the steps between which alpha rises from 1 to 8
 _SHARP_ALPHA = 4.0  # from here on soft and hard sparsity differ little, and the hard one is watched
-_WARM_UP, _DECAY = 30, 0.3  # steps; share of them
+_WARM_UP, _DECAY = 30, 0.6  # steps; share of them, over which the learning rates fall
 _MEASURE_EVERY = 4
 _BETAS = (0.9, 0.98)  # with 0.999 one hard row among solved ones moves a weight threefold, and the model is lost
-_RAMP, _MOST, _BAND = 0.25, 10.0, 0.2  # of the sparsity controller: pressed hard while gates are soft, then left alone
+_EPS = 1e-5  # of AdamW: gradients of solved rows are so small that 1e-8 makes whole steps of their noise
+# A threshold that gives keys back loses no answers, one that takes more does: gates aim at less than their budget.
+_AIM = 0.9  # part of the budget
+_RAMP, _GAMMA, _MOST, _BAND = 0.2, 0.01, 30.0, 0.1  # of the sparsity controller: left alone near the aim
 _RECENT = 8  # steps whose answers say how many are lost
-_LOST = 0.1  # part of its answers that a model may have lost before nothing presses it to drop more
+_LOST = 0.2  # part of its answers that a model may have lost before nothing presses it to drop more
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,24 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
     """Train a retrofitted model on the task's answers under its policy. progress(step, loss)."""
     gates, state = {id(p) for p in gate_parameters(model)}, state_of(model)
     groups = [
-        {"params": [p for p in model.parameters() if id(p) not in gates], "peak": how.learning_rate},
-        {"params": gate_parameters(model), "peak": how.gate_learning_rate},
+        {"params": [p for p in model.parameters() if id(p) not in gates], "peak": how.learning_rate, "gates": False},
+        {"params": gate_parameters(model), "peak": how.gate_learning_rate, "gates": True},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=_EPS, weight_decay=0.0)
     controller = None
     if gates and how.sparsity:
-        controller = SparsityController(how.sparsity, ramp=_RAMP, most=_MOST, band=_BAND)
+        aim = 1.0 - _AIM * (1.0 - how.sparsity)
+        controller = SparsityController(aim, ramp=_RAMP, gamma=_GAMMA, most=_MOST, band=_BAND)
     gamma, right = controller.gamma if controller else 0.0, []
     model.train()
     for step in range(how.steps):
         done = step / how.steps
+        state.alpha = objective.alpha_at((done - _SOFT_UNTIL) / (_SHARP_FROM - _SOFT_UNTIL), 1.0, 8.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1.0, (step + 1) / _WARM_UP, (1.0 - done) / _DECAY)
-        state.alpha = objective.alpha_at(done / _SHARP_FROM, 1.0, 8.0)
+            rate = group["peak"] * min(1.0, (step + 1) / _WARM_UP, (1.0 - done) / _DECAY)
+            # The same step of a score changes the more of a gate, the sharper that is.
+            group["lr"] = rate / state.alpha if group["gates"] else rate
         rows = task.batch("train", how.seed, step, how.batch)
         measuring = controller is not None and step % _MEASURE_EVERY == 0
         state.record, state.prompt = {} if measuring else None, rows.context_end

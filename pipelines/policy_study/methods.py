@@ -204,7 +204,7 @@ METHODS = (
     Method("truncation", "control", lambda share: policies.DenseConfig(), shown=_truncated),
     Method("strided keys", "control", _ranked("strided_keys")),
     Method("BigBird blocks", "control", _ranked("bigbird", block=4)),
-    Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned),
+    Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned, edition=2),
     Method("frequency", "importance", _ranked("frequency")),
     Method("key norm", "importance", _ranked("key_norm")),
     Method("KeyDiff", "importance", _ranked("keydiff")),
@@ -227,7 +227,7 @@ METHODS = (
         "agent, no features", "control", _by_threshold("agent", blind=True), rewarded.agent, adaptive=True, limited=True
     ),
     Method("budget bandit", "reward", rewarded.budgets(SINKS, RECENT), rewarded.bandit, adaptive=True, limited=True),
-    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=2),
+    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=3),
     Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
     Method("oracle", "control", _ranked("given"), around=_truth, aware=True, told=True),

@@ -14,10 +14,10 @@ from pipelines.policy_study.fine_tune import FineTuning, pressing
 FIRST = [0.9] * 30
 
 
-def test_a_model_is_pressed_less_the_more_answers_are_lost_and_not_at_all_from_a_tenth_on():
+def test_a_model_is_pressed_less_the_more_answers_are_lost_and_not_at_all_from_a_fifth_on():
     assert pressing(FIRST + [0.9] * 8) == pressing(FIRST + [0.95] * 8) == 1.0
-    assert pressing(FIRST + [0.9 * 0.95] * 8) == pytest.approx(0.5)
-    assert pressing(FIRST + [0.9 * 0.9] * 8) == pytest.approx(0.0, abs=1e-9)
+    assert pressing(FIRST + [0.9 * 0.9] * 8) == pytest.approx(0.5)
+    assert pressing(FIRST + [0.9 * 0.8] * 8) == pytest.approx(0.0, abs=1e-9)
     assert pressing(FIRST + [0.2] * 50) == 0.0
     assert pressing(FIRST + [0.2] * 50 + [0.9] * 8) == 1.0, "answers that came back"
 
