@@ -21,10 +21,13 @@ from pipelines.policy_study.measure import alive
 # What stays is found while gates are soft: sharp ones no longer learn from what they keep or drop for certain.
 _SOFT_UNTIL, _SHARP_FROM = 0.4, 0.8  # shares of the steps between which alpha rises from 1 to 8
 _SHARP_ALPHA = 4.0  # from here on soft and hard sparsity differ little, and the hard one is watched
-_WARM_UP, _DECAY = 30, 0.6  # steps; share of them, over which the learning rates fall
+_WARM_UP = 30  # steps
+# Share of the steps over which the learning rates fall, and eps of AdamW. With 1e-8 rows that gates have not yet lost
+# move a model by whole steps of noise, until one step is too far; without gates that was not seen, and the shorter
+# fall answers more.
+_WITH_GATES, _WITHOUT = (0.6, 1e-5), (0.3, 1e-8)
 _MEASURE_EVERY = 4
 _BETAS = (0.9, 0.98)  # with 0.999 one hard row among solved ones moves a weight threefold, and the model is lost
-_EPS = 1e-5  # of AdamW: gradients of solved rows are so small that 1e-8 makes whole steps of their noise
 # A threshold that gives keys back loses no answers, one that takes more does: gates aim at less than their budget.
 _AIM = 0.9  # part of the budget
 _RAMP, _GAMMA, _MOST, _BAND = 0.2, 0.01, 30.0, 0.1  # of the sparsity controller: left alone near the aim
@@ -58,7 +61,8 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         {"params": gate_parameters(model), "peak": how.gate_learning_rate, "gates": True},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=_EPS, weight_decay=0.0)
+    decay, eps = _WITH_GATES if gates else _WITHOUT
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=eps, weight_decay=0.0)
     controller = None
     if gates and how.sparsity:
         aim = 1.0 - _AIM * (1.0 - how.sparsity)
@@ -69,7 +73,7 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         done = step / how.steps
         state.alpha = objective.alpha_at((done - _SOFT_UNTIL) / (_SHARP_FROM - _SOFT_UNTIL), 1.0, 8.0)
         for group in optimizer.param_groups:
-            rate = group["peak"] * min(1.0, (step + 1) / _WARM_UP, (1.0 - done) / _DECAY)
+            rate = group["peak"] * min(1.0, (step + 1) / _WARM_UP, (1.0 - done) / decay)
             # The same step of a score changes the more of a gate, the sharper that is.
             group["lr"] = rate / state.alpha if group["gates"] else rate
         rows = task.batch("train", how.seed, step, how.batch)

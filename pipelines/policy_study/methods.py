@@ -204,7 +204,7 @@ METHODS = (
     Method("truncation", "control", lambda share: policies.DenseConfig(), shown=_truncated),
     Method("strided keys", "control", _ranked("strided_keys")),
     Method("BigBird blocks", "control", _ranked("bigbird", block=4)),
-    Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned, edition=2),
+    Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned),
     Method("frequency", "importance", _ranked("frequency")),
     Method("key norm", "importance", _ranked("key_norm")),
     Method("KeyDiff", "importance", _ranked("keydiff")),
