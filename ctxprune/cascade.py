@@ -51,9 +51,17 @@ class Cascade:
     def __init__(self, model, choices: Int[Tensor, " choices"], budget: int, *, chunk: int = 512, batch: int = 32):
         """choices: token ids of the possible answers; budget: live tokens per layer of the first stage, the second has
         twice as many; chunk: prompt tokens per pass; batch: prompts read together. Raises UserError for fewer than two
-        choices, and for a budget or batch < 1."""
+        choices or such as are no tokens of the model, and for a budget or batch < 1."""
         if len(choices) < 2:
             raise UserError(f"{len(choices)} choices: give at least two token ids")
+        choices = torch.as_tensor(choices)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if choices.ndim != 1 or len(choices.unique()) < len(choices):
+            raise UserError("choices are the ids of single tokens, each once: give a list of different ids")
+        if choices.min() < 0 or choices.max() >= vocabulary:
+            raise UserError(f"choices are token ids: give ids from 0 to {vocabulary - 1}")
+        if chunk < 0:
+            raise UserError(f"chunk is {chunk}: give 0 (all at once) or more")
         if budget < 1:
             raise UserError(f"budget is {budget}: give at least 1 live token")
         if batch < 1:
@@ -99,6 +107,8 @@ class Cascade:
         Prompts of any lengths are read `batch` at a time; each sees itself alone. Raises UserError for a prompt that
         the model cannot read, and for a budget below what its policy protects.
         """
+        if not prompts:
+            raise UserError("there are no questions: give at least one")
         for prompt in prompts:
             check_prompt(self.model, prompt, 1)
         was_training, found = self.model.training, []

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ctxprune import policies
 from ctxprune.errors import UserError
-from ctxprune.retrofitting import retrofit, state_of
+from ctxprune.policies.budget import Budget
+from ctxprune.retrofitting import retrofit, state_of, wrappers
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a newer one."""
 WEIGHTS = "model.safetensors"
 PRUNING = "pruning.json"
 MANIFEST = "manifest.json"
+BUDGETS = "budgets"
+"""In pruning.json: the budget of every layer, where one has another than the policy says (a threshold that was set)."""
 
 
 def save(
@@ -46,6 +50,8 @@ def save(
         save_file(_state_dict(model), staged / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(staged)
         pruning = {"format": FORMAT, "pruning": policies.to_dict(state.policy), "alpha": state.alpha, **notes}
+        if (budgets := _budgets(model)) is not None:
+            pruning[BUDGETS] = budgets
         _write(staged / PRUNING, json.dumps(pruning, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
@@ -75,8 +81,29 @@ def load(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or next(iter(weights.values())).dtype)
     retrofit(model, policies.from_dict(pruning["pruning"]))
     state_of(model).alpha = pruning["alpha"]
+    if BUDGETS in pruning:
+        _set_budgets(model, pruning[BUDGETS], folder)
     _put(model, weights, folder)
     return model.to(device=device).eval()
+
+
+def _budgets(model) -> list[dict] | None:
+    """Each layer's budget; None where all are the policy's own, or nothing is ranked."""
+    rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
+    own = getattr(state_of(model).policy, "budget", None)
+    if all(ranking is None or ranking.config.budget == own for ranking in rankings):
+        return None
+    return [{} if ranking is None else asdict(ranking.config.budget) for ranking in rankings]
+
+
+def _set_budgets(model, budgets: list[dict], folder: Path) -> None:
+    rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
+    if len(budgets) != len(rankings):
+        raise UserError(f"{folder / PRUNING} has budgets of {len(budgets)} layers for {len(rankings)}: it is damaged")
+    for ranking, budget in zip(rankings, budgets, strict=True):
+        if ranking is not None:
+            config: Any = ranking.config
+            ranking.config = replace(config, budget=Budget(**budget))
 
 
 def read_pruning(folder: Path) -> dict:

@@ -119,7 +119,15 @@ def _positions(
 ) -> Int[Tensor, "batch n"]:
     """True positions of the new tokens."""
     if given is not None:
-        return given.expand(batch, -1)
+        given = given.expand(batch, -1)
+        if real is not None and cache.length is None:
+            first = given.gather(1, real.long().argmax(1, keepdim=True))
+            if bool((first[~real[:, 0]] > 0).any()):
+                raise UserError(
+                    "padding on the left is counted as text: pass position_ids=(attention_mask.cumsum(-1) - 1)"
+                    ".clamp(min=0), here and for every later token, or use ctxprune.generate"
+                )
+        return given
     before = 0 if cache.length is None else cache.length[:, None]
     if real is None:
         return (before + torch.arange(n, device=device)).expand(batch, -1)

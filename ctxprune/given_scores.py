@@ -17,12 +17,15 @@ from ctxprune.retrofitting import wrappers
 def given(model, scores: Float[Tensor, "layers batch positions"]) -> Iterator[None]:
     """Within the block layers rank the batch's keys by these scores, higher = keep; keys behind them stay.
 
-    Raises UserError if the model's policy is another one or has another number of layers.
+    Raises UserError if the model's policy is another one or has another number of layers, and for scores of
+    another form or not a number.
     """
     rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
     scorers = [one.scorer for one in rankings if one is not None and isinstance(one.scorer, GivenScorer)]
     if not scorers:
         raise UserError("scores are handed over to the policy given: retrofit the model with ctxprune.GivenConfig")
+    if scores.ndim != 3 or bool(scores.isnan().any()):
+        raise UserError("scores are (layers, batch, positions), none of them not a number: give such a tensor")
     if len(scorers) != len(scores):
         raise UserError(f"scores are of {len(scores)} layers, the model has {len(scorers)}: give one set per layer")
     for scorer, own in zip(scorers, scores, strict=True):

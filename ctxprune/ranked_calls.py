@@ -74,7 +74,7 @@ class Ranked:
         if self.ranking.on_arrival:
             drop = on_arrival(self.ranking, table)
         elif self.ranking.config.when == "step":
-            drop = by_step(self.ranking, table, rows_prompt)
+            drop = by_step(self.ranking, table, _position_of(rows_prompt, table))
         else:
             assert rows_prompt is not None
             drop = at_prompt_end(self.ranking, table, rows_prompt)
@@ -232,3 +232,11 @@ def refuse(cache: PrunedCache) -> None:
         raise UserError("a policy that ranks keys cannot take tokens back: decode without assisted or lossless mode")
     if cache.max_live_tokens is not None:
         raise UserError("this policy has a budget of its own: set that, not max_live_tokens")
+
+
+def _position_of(prompt: Int[Tensor, " rows"] | None, table: Table) -> Int[Tensor, " rows"] | None:
+    """The positions at which prompts are over, from times: in whole rows these are columns, which padding has too."""
+    if prompt is None:
+        return None
+    before = table.clock - table.position[:, table.stored :]
+    return prompt - before.masked_fill(table.clock < 0, 0).amax(1)

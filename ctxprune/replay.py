@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxprune.retrofitting import state_of
+from ctxprune.errors import UserError
+from ctxprune.retrofitting import state_of, wrappers
 
 
 @dataclass
@@ -77,7 +78,16 @@ class Resuming:
 
 @torch.no_grad()
 def read(model, ids: Int[Tensor, "batch n"]) -> Context:
-    """Read contexts of a retrofitted model, dropping nothing whatever its policy."""
+    """Read contexts of a retrofitted model, dropping nothing whatever its policy.
+
+    Raises UserError where a layer's own sliding window is shorter than the contexts.
+    """
+    windows = [wrapper.window for wrapper in wrappers(model) if wrapper.window is not None]
+    if windows and min(windows) < ids.shape[1]:
+        raise UserError(
+            f"a layer of this model sees {min(windows)} tokens and the contexts have {ids.shape[1]}: what is taught "
+            "would be of another model; give contexts no longer than its window"
+        )
     state, context = state_of(model), Context(ids)
 
     def call(layer: int, hidden: Tensor) -> Reading:

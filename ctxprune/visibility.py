@@ -49,6 +49,9 @@ def layout(
     if padding is not None:
         real = padding.to(device=device, dtype=torch.bool)[:, -n:]
         cut[:, 1:] |= ~real[:, 1:] | ~real[:, :-1]
+        # Models that are given no positions number padding too: a row's text begins at 0 all the same.
+        first = position.gather(1, real.long().argmax(1, keepdim=True))
+        position = torch.where(real[:, :1], position, (position - first).clamp(min=0))
     if not cut.any():
         return Layout(position, torch.full((batch, n), n, device=device), packed=False)
     # The end of key j's document is the first cut after j: a running minimum from the right.

@@ -11,7 +11,7 @@ of tests/ctxprune/test_policy_matrix.py run over it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from difflib import get_close_matches
 
 from ctxprune.errors import UserError
@@ -72,6 +72,12 @@ def from_dict(values: dict[str, object]) -> PolicyConfig:
         raise UserError(f"policy {name} has no setting {unknown[0]!r}: it has {', '.join(sorted(known))}")
     budget = values.get("budget")
     if isinstance(budget, dict):
+        if unknown := sorted(set(budget) - {field.name for field in fields(Budget)}):
+            raise UserError(f"policy {name}: a budget has no setting {unknown[0]!r}")
         values["budget"] = Budget(**budget)
     # JSON has no tuples.
-    return POLICIES[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    needed = {field.name for field in fields(POLICIES[name]) if field.default is field.default_factory is MISSING}
+    if missing := sorted(needed - set(given)):
+        raise UserError(f"policy {name} needs {missing[0]}: give it")
+    return POLICIES[name](**given)

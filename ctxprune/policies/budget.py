@@ -38,6 +38,11 @@ class Budget:
         given = [name for name in ("tokens", "share", "mass", "threshold") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(f"a budget has one of tokens, share, mass and threshold, this has {len(given)}: give one")
+        for name in ("share", "mass", "threshold", "pyramid", "head_floor"):
+            if not isinstance(getattr(self, name), int | float | None):
+                raise UserError(f"budget {name} is {getattr(self, name)!r}: give a number")
+        if not isinstance(self.tokens, int | None):
+            raise UserError(f"budget tokens is {self.tokens!r}: give a whole number")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"budget tokens is {self.tokens}: give at least 1")
         for name in ("share", "mass"):
@@ -94,6 +99,8 @@ def chosen(
 
     Per sequence exactly heads * max(budget, protected) keys stay under tokens and share (fewer where there are fewer).
     """
+    if score.dtype in (torch.bfloat16, torch.float16):
+        score = score.float()  # sums of a thousand scores are not theirs in eight bits
     worth = score.masked_fill(protected, torch.inf).masked_fill(~candidate, -torch.inf)
     order = youngest_first(worth)
     place = torch.arange(score.shape[-1], device=score.device)

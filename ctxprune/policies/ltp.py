@@ -16,7 +16,7 @@ from ctxprune.policies.ranked import RankedConfig
 from ctxprune.policies.scorer import Scorer, Signals
 
 START = 0.01
-"""Threshold of the last layer before it is learned; the others' fall linearly with depth, as published."""
+"""Threshold of every layer before it is learned (the published one of the last layer; there the others rise to it)."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class RankedConfig(ABC):
 
     def __post_init__(self):
         name, budget = self.policy, self.budget
+        if not isinstance(budget, Budget):
+            raise UserError(f"{name} has budget={budget!r}: give a ctxprune.policies.Budget, as Budget(share=0.25)")
+        for setting in ("sinks", "recent"):
+            if not isinstance(getattr(self, setting), int):
+                raise UserError(f"{name} has {setting}={getattr(self, setting)!r}: give a whole number of tokens")
         if self.when not in ("prompt", "step"):
             raise UserError(f"{name} has when={self.when!r}: give prompt or step")
         if self.sinks < 0 or self.recent < 0:

@@ -66,6 +66,8 @@ def attention(query: Tensor, key: Tensor, seen: Tensor, scale: float) -> Tensor:
     rows, heads, n, width = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, n, width)
     logits = (grouped @ key[:, :, None].transpose(-1, -2)).reshape(rows, heads, n, -1) * scale
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()  # eight bits tie what should be ranked
     return torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
 
 

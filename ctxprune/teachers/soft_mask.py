@@ -1,5 +1,6 @@
 """Can the loss itself say what to keep? Scores are softened to a mask on the context's keys, and what is answered less
-what is kept is followed by its gradient; the language model stays as it is (LTP, arXiv 2107.00910, stage 1).
+what is kept is followed by its gradient (LTP, arXiv 2107.00910). There the model learns along, and on under hard
+thresholds; here it stays as it is.
 
 The mask stands inside the attention, as log sigmoid(score / temperature) on its logits: a key that is half gone has
 half the weight before the softmax, and one that is gone counts for nothing there, as when it is dropped.

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from ctxprune import UserError
 from ctxprune.policies import FrequencyConfig, H2OConfig, RandomConfig, SnapKVConfig, TovaConfig, from_dict
 from ctxprune.policies.budget import Budget, chosen
-from ctxprune.policies.scorer import hashed
+from ctxprune.policies.scorer import attention, hashed
 
 
-def kept(budget: Budget, score, *, protected=(), missing=(), length=None, layer=0, layers=1) -> list[list[int]]:
+def kept(
+    budget: Budget, score, *, protected=(), missing=(), length=None, layer=0, layers=1, dtype=torch.float64
+) -> list[list[int]]:
     """Keys that stay of one sequence, per head."""
-    score = torch.tensor([score], dtype=torch.float64)
+    score = torch.tensor([score], dtype=dtype)
     candidate, safe = torch.ones_like(score, dtype=torch.bool), torch.zeros_like(score, dtype=torch.bool)
     candidate[..., list(missing)], safe[..., list(protected)] = False, True
     length = torch.tensor([length or score.shape[-1] - len(missing)])
@@ -143,3 +145,13 @@ def test_what_makes_no_sense_is_refused_in_one_line(make, named):
 
 def test_settings_stand_with_their_policy():
     assert TovaConfig().when == "step" and FrequencyConfig(counts=(1, 2)).counts == (1, 2)
+
+
+def test_scores_of_eight_bits_are_summed_and_compared_in_more():
+    """A sum of 1,000 scores stops growing in bfloat16, and softmax gives neighbouring keys the same probability."""
+    score = torch.rand(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    everything = kept(Budget(mass=1.0), score[None].tolist(), dtype=torch.bfloat16)
+    assert len(everything[0]) > 995, "785 where they are summed in bfloat16"
+    query, key = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (1, 500))
+    said = attention(query, key, torch.ones(1, 1, 1, 500, dtype=torch.bool), 8**-0.5)
+    assert said.dtype == torch.float32 and said[0, 0].unique().numel() > said.bfloat16()[0, 0].unique().numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from tokenizers import Tokenizer, models
 import ctxprune
 from ctxprune import GateConfig, UserError, checkpoint
 from ctxprune.checkpoint import MANIFEST, PRUNING, WEIGHTS, load, load_base, save, seal
-from ctxprune.policies import FutureConfig, LTPConfig
+from ctxprune.policies import FutureConfig, H2OConfig, LTPConfig
 from ctxprune.policies.budget import Budget
-from ctxprune.retrofitting import gate_parameters, set_alpha, state_of
+from ctxprune.retrofitting import gate_parameters, set_alpha, state_of, wrappers
 from tests.models import FAMILIES, GPT2, GROUPED, LAYERS, gated, small_model, tokens
 
 
@@ -85,6 +86,26 @@ def test_what_a_ranking_was_taught_comes_back(config, tmp_path):
     assert torch.equal(kept, again)
     fresh = ctxprune.drop_times(ctxprune.retrofit(small_model(), config), ids, prompt=prompt).drop_time
     assert not torch.equal(kept, fresh), "what was taught decides"
+
+
+@torch.no_grad()
+def test_the_budget_of_each_layer_comes_back_where_it_was_set_after_retrofitting(tmp_path):
+    model, ids, prompt = small_model(), tokens(1, 30), torch.tensor([20])
+    model = ctxprune.retrofit(model, H2OConfig(Budget(share=0.9), sinks=1, recent=1))
+    save(model, tmp_path / "as retrofitted")
+    assert "budgets" not in json.loads((tmp_path / "as retrofitted" / PRUNING).read_text())
+    for layer, wrapper in enumerate(wrappers(model)):
+        ranking = wrapper.rule.ranking
+        ranking.config = replace(ranking.config, budget=Budget(share=0.2 + 0.1 * layer))
+    save(model, tmp_path / "model")
+    back = load(tmp_path / "model")
+    kept, again = (ctxprune.drop_times(one, ids, prompt=prompt).drop_time for one in (model, back))
+    assert torch.equal(kept, again) and (kept < 30).any()
+    pruning = json.loads((tmp_path / "model" / PRUNING).read_text())
+    pruning["budgets"] = pruning["budgets"][1:]
+    (tmp_path / "model" / PRUNING).write_text(json.dumps(pruning))
+    reseal(tmp_path / "model")
+    assert f"budgets of {LAYERS - 1} layers for {LAYERS}" in refusal(tmp_path / "model")
 
 
 @torch.no_grad()

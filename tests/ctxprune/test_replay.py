@@ -12,6 +12,7 @@ from ctxprune.given_scores import given
 from ctxprune.policies import DenseConfig, GivenConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.replay import read, resume
+from ctxprune.retrofitting import wrappers
 from tests.models import LAYERS, gated, small_model, tokens
 
 CONTEXT, N = 20, 28
@@ -94,3 +95,12 @@ def test_scores_are_handed_over_for_the_batch_and_layers_at_hand():
         ctxprune.drop_times(model, tokens(1, 12), prompt=end)
     with pytest.raises(UserError, match="policy given"), given(gated(), torch.zeros(3, 1, 10)):
         pass
+
+
+def test_contexts_longer_than_a_models_own_window_are_refused():
+    """Replayed tokens see the whole context, which such a model does not."""
+    model = ctxprune.retrofit(small_model(), DenseConfig())
+    wrappers(model)[1].sliding_window = CONTEXT - 1
+    with pytest.raises(UserError, match=f"sees {CONTEXT - 1} tokens"):
+        read(model, tokens(1, CONTEXT))
+    assert read(model, tokens(1, CONTEXT - 1)).layers == LAYERS
