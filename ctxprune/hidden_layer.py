@@ -76,16 +76,16 @@ class HiddenPruning:
     """The pass in flight; None if it is dense."""
     prompts: weakref.WeakKeyDictionary[Cache, Prompt] = field(default_factory=weakref.WeakKeyDictionary)
 
-    def begin(self, hidden: Tensor, mask: Tensor | None) -> None:
+    def begin(self, hidden: Tensor, mask: Tensor | None, causal: bool) -> None:
         """A new pass over whole rows, before its first layer."""
         self.stats = self.stream = None
         if not self.on:
             return
         there = tokens_there(mask, hidden)
         rank, length = there.cumsum(1) - 1, there.sum(1, keepdim=True)
-        first = max(self.config.protect_first, 0 if self.causal else 1)
-        last = max(self.config.protect_last, 1 if self.causal else 0)
-        self.stream = Stream(there, there & ((rank < first) | (rank >= length - last)), self.causal)
+        first = max(self.config.protect_first, 0 if causal else 1)
+        last = max(self.config.protect_last, 1 if causal else 0)
+        self.stream = Stream(there, there & ((rank < first) | (rank >= length - last)), causal)
 
     @torch.no_grad()
     def stays(self, layer: int, hidden: Float[Tensor, "batch tokens width"], stream: Stream) -> Tensor:
@@ -127,6 +127,9 @@ class PrunedLayer(nn.Module):
         self.state = state
         self.told = config
         self.signature = inspect.signature(inner.forward)
+        # Checkpoints hold the names of the model itself, whether it is pruned when they are written or read.
+        self.register_state_dict_post_hook(_as_unpruned)
+        self.register_load_state_dict_pre_hook(_as_pruned)
         if hasattr(inner, "attention_type"):
             # Some models read off their layers which mask to hand them.
             self.attention_type = inner.attention_type
@@ -141,7 +144,10 @@ class PrunedLayer(nn.Module):
                 self._refuse(named, cache)
             if cache is not None:
                 self.state.prompts.pop(cache, None)
-            self.state.begin(hidden, named.get("attention_mask"))
+            # A keyword overrides what the attention says of itself, as in transformers' own attention functions.
+            told = named.get("is_causal")
+            causal = self.state.causal if told is None else bool(told)
+            self.state.begin(hidden, named.get("attention_mask"), causal)
         stream = self.state.stream
         if stream is None:
             return self.inner(*args, **kwargs)
@@ -242,3 +248,13 @@ def _over(mask: Tensor | None, column: Int[Tensor, "batch keys"], alive: Bool[Te
 
 def _cache(named: dict[str, Any]) -> Cache | None:
     return next((named[name] for name in CACHES if named.get(name) is not None), None)
+
+
+def _as_unpruned(module: nn.Module, tensors: dict, prefix: str, metadata: dict) -> None:
+    for name in [name for name in tensors if name.startswith(f"{prefix}inner.")]:
+        tensors[prefix + name.removeprefix(f"{prefix}inner.")] = tensors.pop(name)
+
+
+def _as_pruned(module: nn.Module, tensors: dict, prefix: str, *rest) -> None:
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        tensors[f"{prefix}inner." + name.removeprefix(prefix)] = tensors.pop(name)

@@ -109,7 +109,7 @@ def lots(new: Arrivals, seed: int) -> Float[Tensor, "batch n"]:
 
 def hashed(position: Int[Tensor, ...], seed: int) -> Float[Tensor, ...]:
     """Numbers in [0, 1) that depend on the position and the seed alone: the same in any batch, chunk or order."""
-    mixed = (position.long() + 1) * 2654435761 + seed * 40503
+    mixed = (position.long() + 1) * 2654435761 + ((seed ^ seed >> 32) * 40503 & 0xFFFFFFFF)
     for shift, factor in ((16, 73244475), (15, 73244475)):
         mixed = ((mixed >> shift) ^ mixed) * factor & 0xFFFFFFFF
     return ((mixed >> 16) ^ mixed).double() / math.ldexp(1.0, 32)

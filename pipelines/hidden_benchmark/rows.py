@@ -96,7 +96,7 @@ def _make(settings: HiddenConfig, staged: Path) -> None:
         tensors[f"{split}.ids"] = torch.from_numpy(np.stack(cut)) if cut else torch.zeros(0, settings.tokens).int()
         tensors[f"{split}.classes"] = torch.tensor([labels.index(example.label) for example in there]).int()
     save_file(tensors, staged / "rows.safetensors")
-    about = {"labels": labels, "vocab_size": len(tokenizer), "left_out": left_out}
+    about = {"labels": labels, "vocab_size": max(tokenizer.get_vocab().values()) + 1, "left_out": left_out}
     store.write_json(staged / "rows.json", about)
 
 
@@ -115,7 +115,7 @@ def _make_tagged(settings: HiddenConfig, staged: Path) -> None:
     if not len(tensors["train.ids"]):
         raise UserError(f"no sentence to train on fits hidden.tokens={settings.tokens}: raise it, or give more")
     save_file(tensors, staged / "rows.safetensors")
-    about = {"labels": labels, "vocab_size": len(tokenizer), "left_out": left_out}
+    about = {"labels": labels, "vocab_size": max(tokenizer.get_vocab().values()) + 1, "left_out": left_out}
     store.write_json(staged / "rows.json", about)
 
 

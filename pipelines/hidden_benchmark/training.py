@@ -140,7 +140,9 @@ def train(
         ids, positions, classes = draw(step)
         if classes.ndim > 1:
             told = model(input_ids=ids, position_ids=positions).logits
-            loss = cross_entropy(told.flatten(0, 1), classes.flatten(), ignore_index=IGNORED)
+            # Rows may hold no tag that counts: their mean would be no number.
+            lost = cross_entropy(told.flatten(0, 1), classes.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = lost / (classes != IGNORED).sum().clamp(min=1)
         else:
             loss = cross_entropy(said(model, ids, positions), classes)
         optimizer.zero_grad()

@@ -155,3 +155,10 @@ def test_scores_of_eight_bits_are_summed_and_compared_in_more():
     query, key = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (1, 500))
     said = attention(query, key, torch.ones(1, 1, 1, 500, dtype=torch.bool), 8**-0.5)
     assert said.dtype == torch.float32 and said[0, 0].unique().numel() > said.bfloat16()[0, 0].unique().numel()
+
+
+def test_lots_of_any_seed_are_drawn():
+    position = torch.arange(64)
+    draws = [hashed(position, seed) for seed in (0, 1, 2**62, 2**63 - 1)]
+    assert all(((draw >= 0) & (draw < 1)).all() for draw in draws)
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4

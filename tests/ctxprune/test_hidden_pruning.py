@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 
 from tests.hidden_reference import (
     ALL,
@@ -124,6 +125,40 @@ def test_a_row_does_not_depend_on_its_neighbours(family, name):
         assert torch.equal(kept[:, row][:, batch["attention_mask"][row].bool()], one), f"row {row} of {length}"
     wanted = torch.cat(alone)
     assert float((together - wanted).abs().max()) < 1e-10 * float(wanted.abs().max())
+
+
+def test_a_decoder_that_is_told_to_look_both_ways_is_pruned_as_one_that_does():
+    """Its attention says of itself that it is causal; the keyword that transformers hands it says it is not."""
+    settings = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = tf.LlamaConfig(**settings, num_attention_heads=4, num_key_value_heads=2, is_causal=False)
+    torch.manual_seed(0)
+    model = tf.LlamaModel._from_config(config, attn_implementation="sdpa").double().eval()
+    ids, real = torch.randint(3, 90, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    real[1, 9:] = 0
+    dense = model(ids[:1], use_cache=False).last_hidden_state
+    changed = torch.cat([ids[:1, :-1], (ids[:1, -1:] + 1)], 1)
+    assert not torch.allclose(model(changed, use_cache=False).last_hidden_state[:, 0], dense[:, 0]), "it looks ahead"
+    prune_hidden(model, HiddenPruningConfig(keep=(1.0, 0.5)))
+    together = model(ids, attention_mask=real, use_cache=False).last_hidden_state[:1]
+    kept = pruning_of(model).stats.kept[:, 0]
+    alone = model(ids[:1], use_cache=False).last_hidden_state
+    assert torch.equal(kept, pruning_of(model).stats.kept[:, 0])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert-words"])
+def test_a_pruned_model_is_saved_under_its_own_names_and_loads_them(family, tmp_path):
+    config = HiddenPruningConfig(keep=(1.0, 0.5, 0.5))
+    model = prune_hidden(model_of(family), config)
+    plain = model_of(family)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.save_pretrained(tmp_path)
+    back, said = type(plain).from_pretrained(tmp_path, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    changed = {name: tensor + 1 for name, tensor in back.state_dict().items()}
+    model.load_state_dict(changed)
+    release_hidden(model)
+    assert all(torch.equal(tensor, changed[name].to(tensor)) for name, tensor in model.state_dict().items())
 
 
 def inputs_of_row(family: str, batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:

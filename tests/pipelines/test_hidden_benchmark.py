@@ -243,6 +243,18 @@ def test_a_tokenizer_of_the_persons_is_taken(here):
     assert found.vocab_size == len(tokenizer) and (found.ids["test"][:, 0] == tokenizer.bos_token_id).all()
 
 
+def test_ids_of_a_tokenizer_may_have_holes(here):
+    tokenizer = train_tokenizer(["cow cow plough hay field"], 270)
+    tokenizer.save_pretrained(here / "words")
+    path = here / "words" / "tokenizer.json"
+    made = json.loads(path.read_text())
+    word = max(made["model"]["vocab"], key=made["model"]["vocab"].get)
+    made["model"]["vocab"][word] = 500
+    path.write_text(json.dumps(made))
+    found = rows_of(here / "store", settings(tokenizer=str(here / "words"), tokens=70, base_tokens=16))
+    assert found.vocab_size == 501 > len(tokenizer)
+
+
 MISTAKES = [
     ([], "benchmark target=hidden needs hidden.train_file=FILE"),
     (["hidden.train_file=nowhere.tsv"], "no such file; give lines of text, tab, label"),

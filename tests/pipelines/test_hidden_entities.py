@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForTokenClassification
 
 from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
@@ -141,3 +142,12 @@ def test_a_mistake_is_one_line_before_any_training(here, monkeypatch, text, expe
     with pytest.raises(UserError, match=expected.replace("'", ".")) as caught:
         rows_of(here / "store", settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_batch_without_a_tag_that_counts_has_a_loss_all_the_same():
+    shape = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = BertForTokenClassification(BertConfig(**shape, num_attention_heads=2, num_labels=3))
+    ids = torch.randint(0, 20, (2, 8))
+    tags = [torch.full((2, 8), IGNORED), torch.randint(0, 3, (2, 8))]
+    losses = training.train(model, lambda step: (ids, None, tags[step]), 2, 1e-3, lambda *_: None)
+    assert losses[0] == 0.0 and 0.0 < losses[1] < 10.0
