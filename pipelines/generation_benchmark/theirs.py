@@ -150,7 +150,7 @@ def no_kvpress(model: PreTrainedModel) -> str | None:
         return "the package kvpress is not installed"
     try:
         from kvpress import SUPPORTED_MODELS
-    except Exception as error:  # it is made for certain versions of transformers
+    except Exception as error:  # made for certain versions of transformers, it fails beside others in ways of its own
         return f"the package kvpress cannot be imported here: {type(error).__name__}: {str(error)[:120]}"
     if not isinstance(model, SUPPORTED_MODELS):
         return f"kvpress does not support models of the family {model.config.model_type}"
