@@ -20,8 +20,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ctxprune import hidden_stream
 from ctxprune.errors import UserError
+from ctxprune.hidden_prompt import Prompt, mark, over
 from ctxprune.hidden_schedule import HiddenPruningConfig
-from ctxprune.hidden_stream import Stream, Watch, hidden_from_all, taken, tokens_there
+from ctxprune.hidden_stream import Stream, Watch, taken, tokens_there
 from ctxprune.policies.budget import chosen
 from ctxprune.policies.scorer import hashed
 
@@ -48,19 +49,6 @@ class PassStats:
         """The share of all tokens that entered each layer: above what was asked by rounding up and by protection."""
         tokens = self.tokens
         return tuple(count / max(1, tokens[0]) for count in tokens)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What each layer of a cache holds of a prompt of `columns`: (column, alive), each (batch, tokens); None: all."""
-
-    batch: int
-    columns: int
-    places: list[tuple[Tensor, Tensor] | None]
-
-    @property
-    def shortened(self) -> bool:
-        return any(place is not None for place in self.places)
 
 
 @dataclass
@@ -113,8 +101,17 @@ class HiddenPruning:
         requested = self.config.keep
         self.stats = PassStats(requested, torch.stack(stream.kept), stream.seconds)
         if cache is not None:
-            self.prompts[cache] = Prompt(len(stream.there), stream.n, stream.places)
+            last = stream.places[-1]
+            known = None if last is None else mark(cache, last)
+            self.prompts[cache] = Prompt(len(stream.there), stream.n, stream.places, known)
         self.stream = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Caches stay where they are: a copy of the model has seen none of them.
+        return {**self.__dict__, "prompts": None, "stream": None}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, prompts=weakref.WeakKeyDictionary())
 
 
 class PrunedLayer(nn.Module):
@@ -151,6 +148,7 @@ class PrunedLayer(nn.Module):
         stream = self.state.stream
         if stream is None:
             return self.inner(*args, **kwargs)
+        _refuse_unknown(named, hidden.shape[0], stream.n)
         hidden = self._shortened(hidden, stream)
         if stream.shortened:
             named = self._of_survivors(named, stream)
@@ -191,11 +189,6 @@ class PrunedLayer(nn.Module):
             raise UserError(
                 f"a {type(cache).__name__} holds as many keys in every layer: pass a DynamicCache or use_cache=False"
             )
-        known = ("attention_mask", "position_ids", "position_embeddings")
-        for name, value in named.items():
-            parts = value if isinstance(value, tuple | list) else [value]
-            if name not in known and any(isinstance(part, Tensor) and part.ndim > 0 for part in parts):
-                raise UserError(f"layers are told {name}, and whose it is when tokens leave is unknown: leave it out")
 
     def _of_survivors(self, named: dict[str, Any], stream: Stream) -> dict[str, Any]:
         """What the model says about all columns, of those in the stream."""
@@ -227,23 +220,30 @@ class PrunedLayer(nn.Module):
             raise UserError("this cache was cut or its batch changed after hidden-state pruning: fill it again")
         if prompt.shortened and getattr(cache.layers[self.index], "is_sliding", False):
             raise UserError("a sliding window counts the keys of a cache, not positions: decode without hidden pruning")
+        if self.index == 0 and prompt.moved(cache):
+            raise UserError("the rows of this cache changed places after hidden-state pruning: fill it again")
         if place is None:
             return named
         column, alive = place
         written = torch.arange(prompt.columns, before + fed, device=column.device).expand(len(column), -1)
         column, alive = torch.cat([column, written], 1), torch.cat([alive, torch.ones_like(written).bool()], 1)
-        return {**named, "attention_mask": _over(named.get("attention_mask"), column, alive, fed)}
+        return {**named, "attention_mask": over(named.get("attention_mask"), column, alive, fed)}
 
 
-def _over(mask: Tensor | None, column: Int[Tensor, "batch keys"], alive: Bool[Tensor, "batch keys"], fed: int):
-    """The mask (batch, 1, fed, all columns) of the keys held, or None where all `fed` queries see all of them."""
-    if mask is None:
-        # transformers leaves the mask out of a step of one token only, which sees all there is.
-        assert fed == 1
-        return None if bool(alive.all()) else alive[:, None, None]
-    every = mask.expand(len(column), -1, -1, -1)
-    held = every.gather(3, column[:, None, None].expand(-1, every.shape[1], every.shape[2], -1))
-    return hidden_from_all(held, alive)
+def _refuse_unknown(named: dict[str, Any], batch: int, n: int) -> None:
+    """UserError for what a layer is told of n columns in a form that says not what is whose."""
+    for name, value in named.items():
+        if name in ("attention_mask", "position_ids", "watch"):
+            continue
+        parts = value if isinstance(value, tuple | list) else [value]
+        told = [part for part in parts if isinstance(part, Tensor) and part.ndim > 0]
+        if name == "position_embeddings" and isinstance(value, tuple | list):
+            told = [part for part in told if part.ndim != 3 or part.shape[0] not in (1, batch) or part.shape[1] != n]
+        if told:
+            raise UserError(
+                f"layers are told {name} {tuple(told[0].shape)}, and whose that is when tokens leave is unknown: "
+                "leave it out, or take a model of another family"
+            )
 
 
 def _cache(named: dict[str, Any]) -> Cache | None:

@@ -194,6 +194,21 @@ def cut(cache):
     return cache
 
 
+def swapped(cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return cache
+
+
+def told(config, **given):
+    """A family whose layers are told of positions in a form of its own."""
+    return lambda: prune_hidden(small(config), CONFIGS["attention"])(**given)
+
+
+def small(config):
+    config._attn_implementation = "sdpa"
+    return tf.AutoModel.from_config(config).double().eval()
+
+
 def other_attention():
     model = pruned("llama")
     model.set_attn_implementation("eager")
@@ -214,6 +229,10 @@ T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "
 ALBERT = {**BERT, "embedding_size": 32}
 CROSS = {**BERT, "is_decoder": True, "add_cross_attention": True}
 OPT = {**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.1}
+LATENT = {**COMMON, "kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "intermediate_size": 64, "first_k_dense_replace": 3}
+VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "intermediate_size": 64}
+PIXELS = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
 REFUSALS = {
     "neither share nor threshold": (config_of(keep=()), "one of keep and threshold"),
     "both": (config_of(threshold=(0.0,)), "one of keep and threshold"),
@@ -256,7 +275,10 @@ REFUSALS = {
     "whose is it": (read(biases=torch.zeros(2, 9)), "biases"),
     "a copied cache": (decode(copy.deepcopy), "original"),
     "a cache that was cut": (decode(cut), "fill it again"),
+    "rows that changed places": (decode(swapped), "changed places"),
     "a sliding window": (sliding, "sliding"),
+    "positions of one number": (told(tf.DeepseekV2Config(**LATENT), input_ids=tokens(2, 9)), "position_embeddings"),
+    "positions of patches only": (told(tf.DINOv3ViTConfig(**VIT), pixel_values=PIXELS), "position_embeddings"),
 }
 
 

@@ -6,6 +6,7 @@ The reference keeps every column: what was dropped is masked as a key and its st
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ from tests.models import LAYERS
 every_model = pytest.mark.parametrize("family", ALL)
 every_config = pytest.mark.parametrize("name", CONFIGS)
 ROTARY = ("llama", "qwen3", "gpt_neox", "phi")
+
+
+@torch.no_grad()
+def test_a_pruned_model_survives_pickling():
+    batch = inputs("llama", LENGTHS)
+    model = pruned("llama")
+    model(**batch, past_key_values=(cache := tf.DynamicCache()), use_cache=True)
+    again = pickle.loads(pickle.dumps(model))
+    assert cache in pruning_of(model).prompts and not pruning_of(again).prompts
+    assert torch.equal(said(again, "llama", batch), said(model, "llama", batch))
 
 
 @every_model
