@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +37,8 @@ class Prompt:
 
 def mark(cache: Cache, place: tuple[Tensor, Tensor]) -> Float[Tensor, "batch width"]:
     """The last layer's key (of its first head) of the last token that each row keeps there."""
-    keys, last = cache.layers[-1].keys[:, 0], place[1].sum(1) - 1
+    layer: Any = cache.layers[-1]  # of a DynamicCache: others are refused
+    keys, last = layer.keys[:, 0], place[1].sum(1) - 1
     return keys[torch.arange(len(keys), device=keys.device), last]
 
 

@@ -82,12 +82,7 @@ def read(model, ids: Int[Tensor, "batch n"]) -> Context:
 
     Raises UserError where a layer's own sliding window is shorter than the contexts.
     """
-    windows = [wrapper.window for wrapper in wrappers(model) if wrapper.window is not None]
-    if windows and min(windows) < ids.shape[1]:
-        raise UserError(
-            f"a layer of this model sees {min(windows)} tokens and the contexts have {ids.shape[1]}: what is taught "
-            "would be of another model; give contexts no longer than its window"
-        )
+    _refuse_windows(model, ids.shape[1])
     state, context = state_of(model), Context(ids)
 
     def call(layer: int, hidden: Tensor) -> Reading:
@@ -113,8 +108,10 @@ def resume(
     """Logits of what follows contexts, under one bias per layer on the logits of the context's keys.
 
     ids: the tokens that follow; row: which context each of these rows follows (by default its own); axes of a bias may
-    be 1; calls: how a layer attends, a Resuming. Differentiable in the biases and the model.
+    be 1; calls: how a layer attends, a Resuming. Differentiable in the biases and the model. Raises UserError where a
+    layer's own sliding window is shorter than both together.
     """
+    _refuse_windows(model, context.ids.shape[1] + ids.shape[1])
     state, length = state_of(model), context.ids.shape[1]
 
     def call(layer: int, hidden: Tensor) -> Resuming:
@@ -129,3 +126,13 @@ def resume(
         return model(ids, position_ids=position, use_cache=False).logits
     finally:
         state.replay = None
+
+
+def _refuse_windows(model, tokens: int) -> None:
+    """UserError where a layer's own sliding window does not see so many tokens."""
+    windows = [wrapper.window for wrapper in wrappers(model) if wrapper.window is not None]
+    if windows and min(windows) < tokens:
+        raise UserError(
+            f"a layer of this model sees {min(windows)} tokens, and there are {tokens} with what follows them: what is "
+            "taught would be of another model; give contexts that end within its window"
+        )

@@ -97,7 +97,8 @@ def held_out(examples: list[Example], tests: list[Example] | None) -> dict[Split
     """The examples of each split. No text is in two of them.
 
     Where there are no `tests`, one text in 20 becomes one; one in 20 is for validation. Which ones depends on
-    the text alone, so that a file may grow or be sorted. Examples whose text is a test are not trained on.
+    the text alone, so that a file may grow or be sorted. Examples whose text is a test are not trained on; UserError
+    where that is all of them.
     """
     of: dict[Split, list[Example]] = {"train": [], "validation": [], "test": list(tests or [])}
     tested = {example.text for example in of["test"]}
@@ -109,6 +110,10 @@ def held_out(examples: list[Example], tests: list[Example] | None) -> dict[Split
             of["test"].append(example)
         else:
             of["validation" if number == 1 else "train"].append(example)
+    if examples and not of["train"] and not of["validation"]:
+        raise UserError(
+            "every text to learn from is a test as well: give another test file, or none, and some are held out"
+        )
     return of
 
 

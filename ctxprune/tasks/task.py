@@ -48,8 +48,11 @@ class TaskBatch:
 
     @property
     def end(self) -> int:
-        """Where the contexts of all rows end. UserError where they do not end together (rows of files)."""
+        """Where the contexts of all rows end, for what reads them side by side. UserError where they are padded or do
+        not end together (rows of files)."""
         first = int(self.context_end[0])
+        if self.attention_mask is not None and not bool(self.attention_mask.all()):
+            raise UserError("rows of this batch are padded, which would be read as text: take rows of one length")
         if bool((self.context_end != first).any()):
             raise UserError("contexts of this batch end at different places: take a synthetic task, or rows one by one")
         return first

@@ -26,6 +26,7 @@ from ctxprune.policies.rule import Ranking
 from ctxprune.retrofitting import gate_parameters, mode, state_of, wrappers
 from ctxprune.tasks.scoring import in_context
 from ctxprune.tasks.task import Task, TaskBatch
+from ctxprune.teachers.precision import refuse_coarse
 from ctxprune.visibility import ends, layout
 
 _WARM_UP, _DECAY = 30, 0.3  # steps; share of them
@@ -108,6 +109,7 @@ def learn_to_evict(
     answers in nats, share of the context kept)."""
     rankings(model)
     decisions = gate_parameters(model)
+    refuse_coarse(model.parameters() if how.learning_rate else decisions)
     known = {id(p) for p in decisions}
     own = [p for p in model.parameters() if id(p) not in known] if how.learning_rate else []
     groups = [

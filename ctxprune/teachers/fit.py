@@ -12,6 +12,7 @@ from ctxprune.errors import UserError
 from ctxprune.policies.hidden_scorer import HiddenScorer
 from ctxprune.replay import Context
 from ctxprune.retrofitting import wrappers
+from ctxprune.teachers.precision import refuse_coarse
 
 EPSILON = 1e-6
 """Keeps a key that the teacher gives nothing from weighing infinitely."""
@@ -39,7 +40,9 @@ def fit(
 ) -> None:
     """One step per lesson, a context and the teacher's scores of its tokens (not negative): cross-entropy between the
     teacher's distribution over tokens and the network's, in nats. progress(step, loss)."""
-    optimizer = torch.optim.Adam([p for scorer in networks(model) for p in scorer.parameters()], lr=learning_rate)
+    parameters = [p for scorer in networks(model) for p in scorer.parameters()]
+    refuse_coarse(parameters)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     for step, (context, wanted) in enumerate(lessons):
         share = wanted.clamp(min=0) + EPSILON
         share = share / share.sum(-1, keepdim=True)

@@ -25,6 +25,7 @@ from ctxprune.replay import Context, read, resume
 from ctxprune.tasks.scoring import answered
 from ctxprune.tasks.task import Task, TaskBatch
 from ctxprune.teachers.fit import networks, scores
+from ctxprune.teachers.precision import refuse_coarse
 
 RISE, LEAST, MOST = 0.15, 1e-3, 10.0
 """Relative change of the price per step and share that is kept too much, and its limits."""
@@ -119,7 +120,8 @@ def by_reward(
 ) -> None:
     """Policy gradient on these parameters, whatever is decided: single tokens (reinforce) or budgets (teachers.bandit).
     progress as in reinforce."""
-    price, begin = config.price, monotonic()
+    price, begin, parameters = config.price, monotonic(), list(parameters)
+    refuse_coarse(parameters)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     for step in range(config.steps):
         rows = task.batch("train", config.seed, step, config.rows)

@@ -24,6 +24,7 @@ from ctxprune.replay import Context, read, resume
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.scoring import loss as task_loss
 from ctxprune.tasks.task import Task, TaskBatch
+from ctxprune.teachers.precision import refuse_coarse
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def soften(
     """Teach the scorers of a model whose policy is `ltp` or a network's. protected: first tokens that are always seen.
     progress(step, loss of the answers in nats, share of the mask)."""
     scorers = [_teachable(wrapper) for wrapper in wrappers(model)]
+    refuse_coarse(p for scorer in scorers for p in scorer.parameters())
     rows = task.batch("train", config.seed, 0, config.rows)
     with torch.no_grad():
         spread = [float(score.std()) for score in softened(scorers, _context(model, rows))]

@@ -44,9 +44,9 @@ NOTES = (
     "the rest freed, which the papers do not. truncation: the rest is cut off before reading. Attention scores (H2O, "
     "TOVA, SnapKV and its kin) drop once, where the context ends, the same keys for all heads of a layer (Ada-KV: by "
     "KV head, as DMS), and protect START and the last token only; LTP drops keys and values, not tokens, "
-    "and its model is not fine-tuned, as the published one is (800 steps under its hard thresholds lost answers). Time and "
-    "bytes are of the first seed's model; where a threshold or a spread over depth was found, of the same share in "
-    "every row and layer. Methods marked * have seen the questions when they decide."
+    "and its model is not fine-tuned, as the published one is (800 steps under its hard thresholds lost answers). "
+    "Time and bytes are of the first seed's model; where a threshold or a spread over depth was found, of the same "
+    "share in every row and layer. Methods marked * have seen the questions when they decide."
 )
 
 

@@ -103,4 +103,7 @@ def test_contexts_longer_than_a_models_own_window_are_refused():
     wrappers(model)[1].sliding_window = CONTEXT - 1
     with pytest.raises(UserError, match=f"sees {CONTEXT - 1} tokens"):
         read(model, tokens(1, CONTEXT))
-    assert read(model, tokens(1, CONTEXT - 1)).layers == LAYERS
+    context = read(model, tokens(1, CONTEXT - 2))
+    resume(model, context, tokens(1, 1), [None] * LAYERS)
+    with pytest.raises(UserError, match=f"sees {CONTEXT - 1} tokens, and there are {CONTEXT}"):
+        resume(model, context, tokens(1, 2), [None] * LAYERS)

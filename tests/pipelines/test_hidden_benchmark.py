@@ -264,6 +264,7 @@ MISTAKES = [
     (["hidden.train_file=train.tsv", "hidden.test_file=other.tsv"], "has the label 'moon', which is none of farm, sea"),
     (["hidden.train_file=alone.tsv"], "every text has the label 'sea'; give two labels or more"),
     ([*FILES, "hidden.tokens=5000"], "no text labelled 'farm' to train on has hidden.tokens=5000 tokens"),
+    (["hidden.train_file=train.tsv", "hidden.test_file=train.tsv"], "every text to learn from is a test as well"),
     (["hidden.train_file=train.tsv", "hidden.test_file=short.tsv"], "no text of the test split has hidden.tokens=64"),
     ([*FILES, "hidden.keep=[1.0,0.5,0.4]"], "hidden.keep has 3 entries and hidden.layers=2: give one per layer"),
     ([*FILES, "hidden.keep=[0.9,0.5]"], "begin with 1.0, never rise, and end below 1.0"),

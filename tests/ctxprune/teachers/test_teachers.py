@@ -5,17 +5,22 @@ On untrained models: what trained ones make of it is in the study of policies.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import ctxprune
 from ctxprune import UserError
-from ctxprune.policies import AgentConfig, DenseConfig, FutureConfig, LTPConfig
+from ctxprune.policies import AgentConfig, BanditConfig, DenseConfig, DMSConfig, FutureConfig, LTPConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.replay import read, resume
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.scoring import spearman
+from ctxprune.tasks.task import TaskBatch
 from ctxprune.teachers import reward
+from ctxprune.teachers.bandit import teach_budgets
+from ctxprune.teachers.dms import DMSTraining, learn_to_evict
 from ctxprune.teachers.edge_gradient import edge_gradients, left_out
 from ctxprune.teachers.fit import fit, networks, scores
 from ctxprune.teachers.future_attention import future_attention
@@ -219,3 +224,36 @@ def test_what_makes_no_sense_is_refused_in_one_line(make, named):
     with pytest.raises(UserError, match=named) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+class Padded(type(TASK)):
+    """With a token of padding before one row."""
+
+    def batch(self, *which) -> TaskBatch:
+        rows = super().batch(*which)
+        there = torch.ones_like(rows.input_ids)
+        there[0, 0] = 0
+        return replace(rows, attention_mask=there)
+
+
+TEACHERS = {
+    "soft mask": (LTPConfig(), lambda model, task: soften(model, task, SoftMaskConfig(steps=1, rows=2))),
+    "reward": (AgentConfig(), lambda model, task: reinforce(model, task, RewardConfig(steps=1, rows=2))),
+    "budgets": (BanditConfig(), lambda model, task: teach_budgets(model, task, RewardConfig(steps=1, rows=2))),
+}
+COARSE = TEACHERS | {
+    "fit": (FutureConfig(), lambda model, task: fit(model, [])),
+    "DMS": (DMSConfig(), lambda model, task: learn_to_evict(model, task, DMSTraining(steps=1, rows=2))),
+}
+
+
+@pytest.mark.parametrize("config, teach", TEACHERS.values(), ids=TEACHERS)
+def test_padding_is_not_read_as_text(config, teach):
+    with pytest.raises(UserError, match="padded"):
+        teach(recaller(config), Padded(**vars(TASK)))
+
+
+@pytest.mark.parametrize("config, teach", COARSE.values(), ids=COARSE)
+def test_numbers_too_coarse_to_move_are_not_taught(config, teach):
+    with pytest.raises(UserError, match=r"bfloat16.*model\.float\(\)"):
+        teach(recaller(config).bfloat16(), TASK)

@@ -199,6 +199,7 @@ def config_of(tmp_path, *words: str):
         (["study.train_file="], "give study.train_file=FILE"),
         (["study.train_file=nowhere.tsv"], "no such file"),
         (["study.test_file=nowhere.tsv"], "no such file"),
+        (["study.train_file=again.tsv", "study.test_file=again.tsv"], "every text to learn from is a test as well"),
         (["study.tasks=[sst3]"], "did you mean 'sst2'"),
         (["study.tasks=[wnut17]"], "whose texts have no answer each: choose from recall, .*agnews"),
         (["study.tasks=[multi30k]", "study.train_file=alone.en"], "alone.de is missing; give sentences, a line each"),
@@ -218,6 +219,7 @@ def test_what_cannot_be_studied_is_refused_before_any_work(tmp_path, files, monk
     write(tmp_path / "one_label.tsv", [line for line in lines(2600, 0) if line.endswith("1")])
     write(tmp_path / "few.tsv", lines(100, 0))
     write(tmp_path / "alone.en", ["a dog runs"])
+    write(tmp_path / "again.tsv", lines(100, 0))
     given = [f"study.train_file={files[0]}", f"study.test_file={files[1]}", *words]
     config, overrides = config_of(tmp_path / "runs", *given)
     with pytest.raises(UserError, match=said) as caught:
