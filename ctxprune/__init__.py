@@ -6,36 +6,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ctxprune.batching import Batcher
-    from ctxprune.cache import PrunedCache
-    from ctxprune.cascade import Cascade
+    from ctxprune.cache.pruned_cache import PrunedCache
+    from ctxprune.cache.revival import Alarm
     from ctxprune.checkpoint import load, save
     from ctxprune.drop_time import DropTimes, drop_times
     from ctxprune.errors import UserError
-    from ctxprune.generation import Generation, generate
-    from ctxprune.lossless import LosslessGeneration, generate_lossless
+    from ctxprune.generation.batching import Batcher
+    from ctxprune.generation.cascade import Cascade
+    from ctxprune.generation.generate import Generation, generate
+    from ctxprune.generation.lossless import LosslessGeneration, generate_lossless
     from ctxprune.packing import pack
     from ctxprune.policies import DenseConfig, GateConfig, StridedConfig, WindowConfig
     from ctxprune.retrofitting import mode, retrofit, set_alpha
-    from ctxprune.revival import Alarm
 
 # Looked up on first use: a mistake on the command line is answered before torch and transformers are loaded.
 _HOME = {
-    "Alarm": "revival",
-    "Batcher": "batching",
-    "Cascade": "cascade",
+    "Alarm": "cache.revival",
+    "Batcher": "generation.batching",
+    "Cascade": "generation.cascade",
     "DenseConfig": "policies",
     "DropTimes": "drop_time",
     "GateConfig": "policies",
-    "Generation": "generation",
-    "LosslessGeneration": "lossless",
-    "PrunedCache": "cache",
+    "Generation": "generation.generate",
+    "LosslessGeneration": "generation.lossless",
+    "PrunedCache": "cache.pruned_cache",
     "StridedConfig": "policies",
     "UserError": "errors",
     "WindowConfig": "policies",
     "drop_times": "drop_time",
-    "generate": "generation",
-    "generate_lossless": "lossless",
+    "generate": "generation.generate",
+    "generate_lossless": "generation.lossless",
     "load": "checkpoint",
     "mode": "retrofitting",
     "pack": "packing",

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kernels
 from ctxprune import decoding
-from ctxprune.cache import PrunedCache
+from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.calls import Attends, Hard, PruningState, Soft
 from ctxprune.errors import UserError
 from ctxprune.policies.rule import Ranking, Rule

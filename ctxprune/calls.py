@@ -15,13 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 import kernels
-from ctxprune.cache import SPARE, PrunedCache
-from ctxprune.capping import enforce
-from ctxprune.cold_store import archive
-from ctxprune.layer_cache import LayerCache
+from ctxprune.cache.capping import enforce
+from ctxprune.cache.cold_store import archive
+from ctxprune.cache.layer_cache import LayerCache
+from ctxprune.cache.pruned_cache import SPARE, PrunedCache
+from ctxprune.cache.revival import attend_again, revive
 from ctxprune.policies import PolicyConfig
 from ctxprune.ranked_calls import Decisions
-from ctxprune.revival import attend_again, revive
 from ctxprune.visibility import Layout, guards
 
 Mode = Literal["auto", "soft", "hard", "dense"]

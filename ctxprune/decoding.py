@@ -15,11 +15,11 @@ from torch import Tensor
 
 import kernels
 from ctxprune import ranked_calls
-from ctxprune.cache import PrunedCache
+from ctxprune.cache.new_tokens import Arrival, NewTokens
+from ctxprune.cache.pinning import pinned_at
+from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
-from ctxprune.new_tokens import Arrival, NewTokens
-from ctxprune.pinning import pinned_at
 from ctxprune.policies.rule import FOREVER
 from ctxprune.ranked_calls import CachedRanked
 from ctxprune.visibility import Layout, ends, layout

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ctxprune.batches import IGNORED, Batch, targets
 from ctxprune.drop_time import forward_with_drop_times
 from ctxprune.retrofitting import mode, state_of, wrappers
+from ctxprune.text.batches import IGNORED, Batch, targets
 from ctxprune.visibility import visible_pairs
 
 BUCKET = 0.75

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from ctxprune.batches import IGNORED
 from ctxprune.retrofitting import state_of
+from ctxprune.text.batches import IGNORED
 
 
 def next_token_loss(logits: Float[Tensor, "batch n vocab"], targets: Int[Tensor, "batch n"]) -> Float[Tensor, ""]:

@@ -11,12 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 import kernels
-from ctxprune.cache import SPARE, PrunedCache
+from ctxprune.cache.pruned_cache import SPARE, PrunedCache
+from ctxprune.cache.watched_layer import Known, WatchedLayer, precision
 from ctxprune.errors import UserError
 from ctxprune.policies.rule import Ranking
 from ctxprune.policies.scorer import Arrivals
 from ctxprune.ranking import Table, at_prompt_end, by_step, on_arrival
-from ctxprune.watched_layer import Known, WatchedLayer, precision
 from kernels.decode.pages import NEVER
 
 

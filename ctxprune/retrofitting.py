@@ -12,7 +12,7 @@ from ctxprune import attention
 from ctxprune.attention import PrunedAttention
 from ctxprune.calls import Mode, PruningState
 from ctxprune.errors import UserError
-from ctxprune.model_generate import forgets
+from ctxprune.generation.model_generate import forgets
 from ctxprune.policies import PolicyConfig
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")

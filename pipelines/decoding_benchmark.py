@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ctxprune import checkpoint
-from ctxprune.batches import held_out_batches
 from ctxprune.errors import UserError
-from ctxprune.token_store import read_tokens
+from ctxprune.text.batches import held_out_batches
+from ctxprune.text.token_store import read_tokens
 from pipelines import store
 from pipelines.config import BenchmarkConfig
 from pipelines.decoding_speed import compare

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ctxprune.cache import SHRINK_EVERY, PrunedCache
+from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
 from ctxprune.retrofitting import mode
 
 WARM_UP_TOKENS = 8

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ctxprune import checkpoint, tokenizer
-from ctxprune.batches import held_out_batches
+from ctxprune import checkpoint
 from ctxprune.errors import UserError
 from ctxprune.evaluation import evaluate
-from ctxprune.token_store import read_tokens
+from ctxprune.text import tokenizer
+from ctxprune.text.batches import held_out_batches
+from ctxprune.text.token_store import read_tokens
 from pipelines import output
 from pipelines.config import Config
 from pipelines.grid import Trial

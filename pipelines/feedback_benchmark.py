@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ctxprune.cache import PrunedCache
-from ctxprune.generation import generate
-from ctxprune.lossless import generate_lossless
+from ctxprune.cache.pruned_cache import PrunedCache
+from ctxprune.cache.revival import Alarm
+from ctxprune.generation.generate import generate
+from ctxprune.generation.lossless import generate_lossless
 from ctxprune.retrofitting import mode
-from ctxprune.revival import Alarm
 
 SHARES = (0.999, 0.99, 0.9, 0.5)
 """What the alarms allow dropped keys to have of a query's attention."""

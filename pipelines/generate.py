@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import ctxprune
-from ctxprune import tokenizer
+from ctxprune.text import tokenizer
 from pipelines import output
 from pipelines.config import Config, GenerateConfig
 from pipelines.models import trained

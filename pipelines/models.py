@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ctxprune
 from ctxprune import checkpoint
-from ctxprune.batches import train_batch
 from ctxprune.budget import share_for, strided_for, window_for
 from ctxprune.errors import UserError
 from ctxprune.policies import POLICIES, PolicyConfig
-from ctxprune.token_store import TokenStore
+from ctxprune.text.batches import train_batch
+from ctxprune.text.token_store import TokenStore
 from ctxprune.visibility import layout
 from pipelines.config import Config, ModelConfig
 from pipelines.ranges import RANKED

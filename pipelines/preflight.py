@@ -15,7 +15,7 @@ from ctxprune import checkpoint
 from ctxprune.errors import UserError
 from ctxprune.policies import GateConfig
 from ctxprune.retrofitting import retrofit
-from ctxprune.tokenizer import load_tokenizer
+from ctxprune.text.tokenizer import load_tokenizer
 from pipelines.config import Config, TrackingConfig
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctxprune import corpus, tokenizer
 from ctxprune.errors import UserError
-from ctxprune.token_store import read_tokens, write_tokens
+from ctxprune.text import corpus, tokenizer
+from ctxprune.text.token_store import read_tokens, write_tokens
 from pipelines import store
 from pipelines.config import Config, DataConfig
 from pipelines.grid import Trial

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ctxprune import objective
-from ctxprune.batches import Batch, targets, train_batch
 from ctxprune.budget import SparsityController
 from ctxprune.drop_time import DropTimes
 from ctxprune.retrofitting import freeze_backbone, gate_parameters, state_of
-from ctxprune.token_store import TokenSplit
+from ctxprune.text.batches import Batch, targets, train_batch
+from ctxprune.text.token_store import TokenSplit
 from ctxprune.visibility import visible_pairs
 from pipelines import engine as engines
 from pipelines.config import Config, PruningConfig, TrainConfig

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from ctxprune import checkpoint
-from ctxprune.batches import held_out_batches
 from ctxprune.budget import calibrate
 from ctxprune.evaluation import evaluate
 from ctxprune.retrofitting import parameter_counts, retrofit, set_alpha
-from ctxprune.token_store import TokenStore, read_tokens
-from ctxprune.tokenizer import document_start_id
+from ctxprune.text.batches import held_out_batches
+from ctxprune.text.token_store import TokenStore, read_tokens
+from ctxprune.text.tokenizer import document_start_id
 from pipelines import store, training
 from pipelines.config import Config, from_record
 from pipelines.models import calibration, from_scratch, policy_for, pretrained

@@ -29,10 +29,10 @@ if not torch.cuda.is_available():
 install_import_hook(
     [
         f"ctxprune.{name}"
-        for name in ("attention", "batches", "cache", "calls", "decoding", "drop_time")
-        + ("gate", "generation", "objective", "policies", "visibility", "tasks.task", "tasks.scoring")
-        + ("ranking", "ranked_calls", "watched_layer", "replay", "given_scores", "teachers")
-        + ("hidden_layer", "hidden_stream")
+        for name in ("attention", "text.batches", "cache.pruned_cache", "calls", "decoding", "drop_time")
+        + ("gate", "generation.generate", "objective", "policies", "visibility", "tasks.task", "tasks.scoring")
+        + ("ranking", "ranked_calls", "cache.watched_layer", "replay", "given_scores", "teachers")
+        + ("hidden_pruning.layer", "hidden_pruning.prompt", "hidden_pruning.stream")
     ],
     "beartype.beartype",
 )

@@ -12,9 +12,11 @@ import torch
 import transformers as tf
 from torch import nn
 
-from ctxprune import hidden_layer, hidden_pruning, hidden_stream
+from ctxprune import hidden_pruning
 from ctxprune.hidden_pruning import HiddenPruningConfig, dense, prune_hidden, pruning_of, release_hidden
-from ctxprune.hidden_stream import Stream
+from ctxprune.hidden_pruning import layer as hidden_layer
+from ctxprune.hidden_pruning import stream as hidden_stream
+from ctxprune.hidden_pruning.stream import Stream
 from tests.models import FAMILIES, GROUPED, LAYERS, VOCAB, small_model, tokens
 
 __all__ = ["HiddenPruningConfig", "Stream", "dense", "hidden_layer", "hidden_stream", "prune_hidden", "pruning_of"]

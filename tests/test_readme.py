@@ -67,13 +67,12 @@ def test_every_command_is_understood(tmp_path, monkeypatch, model_folder, words)
 
 def test_every_file_the_tree_names_exists():
     (tree,) = blocks("text")
-    folder = ""
+    folders = [ROOT]
     for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-        path = ROOT / (name if not line.startswith(" ") else folder + name)
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        path = folders[depth] / name
         assert path.exists(), f"README names {path.relative_to(ROOT)}"
+        folders[depth + 1 :] = [path]
 
 
 def test_every_link_leads_somewhere():

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ctxprune
 import kernels
 from ctxprune import UserError, generate
-from ctxprune.batches import Batch
 from ctxprune.checkpoint import WEIGHTS
 from ctxprune.evaluation import evaluate
 from ctxprune.retrofitting import set_alpha, wrappers
+from ctxprune.text.batches import Batch
 from kernels.soft_attention import torch_path
 from tests.models import FAMILIES, LAYERS, decode, disagreement, gated, small_model, tokens
 

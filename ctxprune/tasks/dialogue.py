@@ -15,9 +15,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.tasks.symbols import DECOY, RULE, SEP, SPECIAL, START, TURN, Drawn, Symbols, distinct, fits, places, write
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
+from ctxprune.text.batches import IGNORED
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ctxprune.errors import UserError
 from ctxprune.tasks.task import Split
-from ctxprune.text_files import named
+from ctxprune.text.files import named
 
 _HELD_OUT = 20
 """One example in so many is for validation, and one for test where there is no file of its own."""

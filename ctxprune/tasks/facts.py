@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.tasks.symbols import DECOY, END, FACT, SEP, SPECIAL, START, TURN, Symbols, distinct, places, write
 from ctxprune.tasks.task import TaskBatch
+from ctxprune.text.batches import IGNORED
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks.examples import Example, changed, held_out
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
-from ctxprune.tokenizer import document_start_id, load_tokenizer
+from ctxprune.text.batches import IGNORED
+from ctxprune.text.tokenizer import document_start_id, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

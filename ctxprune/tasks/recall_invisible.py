@@ -16,9 +16,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.tasks.symbols import SEP, SPECIAL, START, Drawn, Symbols, distinct
 from ctxprune.tasks.task import Split, TaskBatch, at_least, stream
+from ctxprune.text.batches import IGNORED
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks.task import TaskBatch
+from ctxprune.text.batches import IGNORED
 
 
 def answered(logits: Float[Tensor, "batch n classes"], batch: TaskBatch) -> Float[Tensor, "batch questions"]:

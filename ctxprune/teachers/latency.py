@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import kernels
+from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.errors import UserError
-from ctxprune.layer_cache import LayerCache
 from ctxprune.replay import read
 from kernels.decode.pages import NEVER
 

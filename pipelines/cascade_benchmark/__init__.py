@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ctxprune.cascade import least_questions
 from ctxprune.errors import UserError
+from ctxprune.generation.cascade import least_questions
 from pipelines import output
 from pipelines.cascade_benchmark import asking, judging, lines
 from pipelines.config import CascadeConfig, Config

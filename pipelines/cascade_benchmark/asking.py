@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctxprune.batches import IGNORED
-from ctxprune.cascade import Cascade
+from ctxprune.generation.cascade import Cascade
 from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.task import Split
+from ctxprune.text.batches import IGNORED
 from pipelines import store
 from pipelines.config import Config
 from pipelines.policy_study import jobs

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ctxprune.cascade import Stage, answered, calibrated, lower_limit, upper_limit
+from ctxprune.generation.cascade import Stage, answered, calibrated, lower_limit, upper_limit
 from pipelines.cascade_benchmark.asking import Asked
 
 Record = dict[str, Any]

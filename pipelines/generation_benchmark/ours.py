@@ -1,4 +1,4 @@
-"""How does our engine write? As ctxprune.batching does: a token per row and step, pages given back now and then."""
+"""How does our engine write? As generation.batching does: a token per row and step, pages given back now and then."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ctxprune.cache import SHRINK_EVERY, PrunedCache
+from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
 from ctxprune.calls import Mode
-from ctxprune.prefill import prefill
+from ctxprune.generation.prefill import prefill
 from ctxprune.retrofitting import mode
 from pipelines.generation_benchmark.method import now
 from pipelines.generation_benchmark.subject import PAGE

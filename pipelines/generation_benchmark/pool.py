@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ctxprune.batching import Batcher
 from ctxprune.calls import Mode
+from ctxprune.generation.batching import Batcher
+from ctxprune.generation.sampling import Sampling
 from ctxprune.retrofitting import mode
-from ctxprune.sampling import Sampling
 from pipelines.config import GenerationConfig
 from pipelines.generation_benchmark.calibration import calibrate
 from pipelines.generation_benchmark.method import now

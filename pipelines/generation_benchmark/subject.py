@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ctxprune import GateConfig, checkpoint
-from ctxprune.batches import held_out_batches
 from ctxprune.errors import UserError
+from ctxprune.generation.prompts import page_bytes
 from ctxprune.packing import pack
 from ctxprune.policies import PolicyConfig
-from ctxprune.prompts import page_bytes
 from ctxprune.retrofitting import gate_parameters, retrofit, state_of
-from ctxprune.token_store import TokenSplit, read_tokens
+from ctxprune.text.batches import held_out_batches
+from ctxprune.text.token_store import TokenSplit, read_tokens
 from pipelines.config import Config, GenerationConfig
 from pipelines.evaluate import as_trained, corpus_for
 from pipelines.generation_benchmark.calibration import random_gates

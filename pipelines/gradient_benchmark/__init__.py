@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 import ctxprune
 from ctxprune import checkpoint
-from ctxprune.batches import held_out_batches
 from ctxprune.errors import UserError
-from ctxprune.token_store import TokenSplit, read_tokens
+from ctxprune.text.batches import held_out_batches
+from ctxprune.text.token_store import TokenSplit, read_tokens
 from pipelines import output
 from pipelines.config import Config, GradientsConfig
 from pipelines.evaluate import as_trained, corpus_for

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ctxprune.batches import IGNORED
 from ctxprune.tasks.scoring import paired_bootstrap
+from ctxprune.text.batches import IGNORED
 from pipelines import output
 from pipelines.config import Config, HiddenConfig
 from pipelines.hidden_benchmark import clock, entities, lines, training

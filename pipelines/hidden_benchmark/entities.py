@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks.entities import entities
 from ctxprune.tasks.examples import Example
-from ctxprune.tokenizer import document_start_id
+from ctxprune.text.batches import IGNORED
+from ctxprune.text.tokenizer import document_start_id
 
 RESAMPLES = 2000
 """Draws of the bootstrap."""

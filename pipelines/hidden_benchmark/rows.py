@@ -20,7 +20,7 @@ from ctxprune.checkpoint import digest
 from ctxprune.errors import UserError
 from ctxprune.tasks.examples import Example, changed, column_of_words, held_out, table
 from ctxprune.tasks.task import SPLITS, Split
-from ctxprune.tokenizer import encode_documents, fingerprint, load_tokenizer, train_tokenizer
+from ctxprune.text.tokenizer import encode_documents, fingerprint, load_tokenizer, train_tokenizer
 from pipelines import store
 from pipelines.benchmark_config import HiddenConfig
 from pipelines.hidden_benchmark import entities

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForTokenClassification
 
-from ctxprune.batches import IGNORED
 from ctxprune.hidden_pruning import prune_hidden, release_hidden
+from ctxprune.text.batches import IGNORED
 from pipelines import store
 from pipelines.benchmark_config import HiddenConfig
 from pipelines.hidden_benchmark.entities import counted

@@ -16,10 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 import kernels
 from ctxprune import attention, checkpoint
 from ctxprune.calls import Hard, Soft
-from ctxprune.corpus import stdlib_documents
 from ctxprune.errors import UserError
 from ctxprune.retrofitting import mode, state_of, wrappers
-from ctxprune.tokenizer import encode_documents, load_tokenizer
+from ctxprune.text.corpus import stdlib_documents
+from ctxprune.text.tokenizer import encode_documents, load_tokenizer
 from pipelines.config import KernelsConfig
 from pipelines.kernel_benchmark.problem import Case, Problem
 from pipelines.models import trained

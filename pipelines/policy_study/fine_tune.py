@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ctxprune import objective
-from ctxprune.batches import IGNORED
 from ctxprune.budget import SparsityController
 from ctxprune.drop_time import DropTimes
 from ctxprune.retrofitting import gate_parameters, state_of
 from ctxprune.tasks import Task
 from ctxprune.tasks.scoring import in_context
+from ctxprune.text.batches import IGNORED
 from pipelines.policy_study.measure import alive
 
 # What stays is found while gates are soft: sharp ones no longer learn from what they keep or drop for certain.

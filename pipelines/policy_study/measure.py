@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ctxprune.batches import IGNORED
 from ctxprune.drop_time import DropTimes, forward_with_drop_times
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks import Task
 from ctxprune.tasks.scoring import in_context, keep_set, score
 from ctxprune.tasks.task import Split, TaskBatch
+from ctxprune.text.batches import IGNORED
 from pipelines.policy_study.truncation import cut
 
 BATCH = 64

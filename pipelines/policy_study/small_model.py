@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks import Task
 from ctxprune.tasks.needle import NeedleConfig
@@ -24,6 +23,7 @@ from ctxprune.tasks.overwrite import OverwriteConfig
 from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.recall_invisible import RecallInvisibleConfig
 from ctxprune.tasks.scoring import score
+from ctxprune.text.batches import IGNORED
 
 _WARM_UP = 50  # steps
 _MUON, _ADAM = 0.02, 2e-3  # peak learning rates: matrices, and embeddings with norms and biases

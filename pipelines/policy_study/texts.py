@@ -23,7 +23,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ctxprune import tasks
-from ctxprune.batches import IGNORED
 from ctxprune.checkpoint import digest
 from ctxprune.errors import UserError
 from ctxprune.tasks.agnews import AgNewsConfig
@@ -33,7 +32,8 @@ from ctxprune.tasks.multi30k import Multi30kConfig
 from ctxprune.tasks.prompted import FileTask
 from ctxprune.tasks.sst2 import Sst2Config
 from ctxprune.tasks.task import SPLITS, Split, TaskBatch, stream
-from ctxprune.tokenizer import encode_documents, train_tokenizer
+from ctxprune.text.batches import IGNORED
+from ctxprune.text.tokenizer import encode_documents, train_tokenizer
 from pipelines import store
 from pipelines.policy_study.config import StudyConfig
 

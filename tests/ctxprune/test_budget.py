@@ -9,10 +9,10 @@ import torch
 
 import ctxprune
 from ctxprune import UserError
-from ctxprune.batches import Batch
 from ctxprune.budget import SparsityController, calibrate, measure, share_for, strided_for, window_for
 from ctxprune.policies import H2OConfig
 from ctxprune.retrofitting import wrappers
+from ctxprune.text.batches import Batch
 from ctxprune.visibility import layout
 from tests.models import LAYERS, gated, small_model, tokens
 

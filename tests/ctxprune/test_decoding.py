@@ -7,7 +7,7 @@ import torch
 
 import ctxprune
 import kernels
-from ctxprune.cache import PrunedCache
+from ctxprune.cache.pruned_cache import PrunedCache
 from kernels.decode import native_path, torch_extend, torch_path
 from tests.models import FAMILIES, decode, disagreement, gated, small_model, tokens
 

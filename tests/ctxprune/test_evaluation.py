@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ctxprune
-from ctxprune.batches import Batch
 from ctxprune.evaluation import BUCKET, evaluate
 from ctxprune.retrofitting import set_alpha, state_of
+from ctxprune.text.batches import Batch
 from tests.models import LAYERS, gated, small_model, tokens
 
 N = 20

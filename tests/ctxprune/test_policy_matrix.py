@@ -14,13 +14,13 @@ import torch
 
 import ctxprune
 from ctxprune import PrunedCache, ranked_calls
+from ctxprune.cache.watched_layer import WatchedLayer
 from ctxprune.drop_time import forward_with_drop_times
 from ctxprune.errors import UserError
 from ctxprune.policies import POLICIES, RankedConfig, from_dict, to_dict
 from ctxprune.policies.budget import Budget
 from ctxprune.ranking import at_prompt_end, by_step
 from ctxprune.retrofitting import wrappers
-from ctxprune.watched_layer import WatchedLayer
 from tests.models import LAYERS, small_model, tokens
 
 N, PROMPT = 26, 17

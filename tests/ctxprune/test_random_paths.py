@@ -136,17 +136,17 @@ BUGS = {
         ),
     ),
     "slots of living keys are taken": (
-        "ctxprune.layer_cache.LayerCache._alive",
+        "ctxprune.cache.layer_cache.LayerCache._alive",
         lambda original: lambda layer, rows, step: original(layer, rows, step) & False,
     ),
     "a joined row keeps the pages' old numbers": (
-        "ctxprune.layer_cache.LayerCache.absorb",
+        "ctxprune.cache.layer_cache.LayerCache.absorb",
         lambda original: (
             lambda layer, other: (setattr(other.pages, "table", other.pages.table * 0), original(layer, other))
         ),
     ),
     "rows are permuted without their pages": (
-        "ctxprune.layer_cache.LayerCache.select",
+        "ctxprune.cache.layer_cache.LayerCache.select",
         lambda original: lambda layer, rows: original(layer, rows.sort().values),
     ),
     "padding is stored": (

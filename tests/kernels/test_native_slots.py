@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctxprune.layer_cache import AHEAD, LayerCache
+from ctxprune.cache.layer_cache import AHEAD, LayerCache
 from kernels.decode import native_path
 from tests.kernels.test_decode_attention import ABSENT
 

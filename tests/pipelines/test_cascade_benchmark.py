@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxprune.batches import IGNORED
-from ctxprune.cascade import Stage, answered, upper_limit
+from ctxprune.generation.cascade import Stage, answered, upper_limit
+from ctxprune.text.batches import IGNORED
 from pipelines import __main__, output
 from pipelines.benchmark_config import CascadeConfig
 from pipelines.cascade_benchmark import asking, judging, lines, records
@@ -53,7 +53,7 @@ def test_the_promise_holds_over_many_draws():
 
 
 def test_twin_thresholds_without_a_limit_break_the_promise(monkeypatch):
-    monkeypatch.setattr("ctxprune.cascade.upper_limit", lambda errors, trials, confidence: errors / trials)
+    monkeypatch.setattr("ctxprune.generation.cascade.upper_limit", lambda errors, trials, confidence: errors / trials)
     with pytest.raises(AssertionError, match="broken in"):
         promise()
 
@@ -61,7 +61,7 @@ def test_twin_thresholds_without_a_limit_break_the_promise(monkeypatch):
 def test_twin_thresholds_that_forget_the_other_stage_break_the_promise(monkeypatch):
     """Each stage given the whole risk."""
     real = upper_limit
-    monkeypatch.setattr("ctxprune.cascade.upper_limit", lambda *given: real(*given) / 2)
+    monkeypatch.setattr("ctxprune.generation.cascade.upper_limit", lambda *given: real(*given) / 2)
     with pytest.raises(AssertionError, match="broken in"):
         promise()
 
@@ -154,7 +154,7 @@ def test_a_broken_promise_is_told_by_the_exit_code(here, capsys, monkeypatch):
     monkeypatch.setattr(asking, "asked", lambda *_: (drawn(900, 0), drawn(500, 1)))
     words = ["cascade.budgets=[4]", "cascade.risks=[0.1]", "cascade.draws=3", "cascade.questions=300"]
     assert __main__.main([*WORDS, *words]) == 0
-    monkeypatch.setattr("ctxprune.cascade.upper_limit", lambda *_: 0.0)  # answers whatever it is
+    monkeypatch.setattr("ctxprune.generation.cascade.upper_limit", lambda *_: 0.0)  # answers whatever it is
     assert __main__.main([*WORDS, *words]) == 1
     assert "BROKEN" in capsys.readouterr().out
 

@@ -11,9 +11,9 @@ import torch
 
 import ctxprune
 import kernels
-from ctxprune.corpus import stdlib_documents
 from ctxprune.retrofitting import wrappers
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.corpus import stdlib_documents
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import __main__, output
 from pipelines.config import GenerationConfig
 from pipelines.generation_benchmark import clock, ours, parity, ratios, theirs

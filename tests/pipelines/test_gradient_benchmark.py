@@ -14,8 +14,8 @@ from ctxprune.errors import UserError
 from ctxprune.policies import DenseConfig
 from ctxprune.replay import read
 from ctxprune.teachers.edge_gradient import edge_gradients
-from ctxprune.token_store import TokenSplit
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.token_store import TokenSplit
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import compose
 from pipelines.benchmark import main
 from pipelines.config import GradientsConfig

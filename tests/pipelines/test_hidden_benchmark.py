@@ -14,7 +14,7 @@ from transformers import BertForTokenClassification
 
 from ctxprune.errors import UserError
 from ctxprune.hidden_pruning import pruning_of
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import __main__, hidden_benchmark, output
 from pipelines.benchmark_config import HiddenConfig
 from pipelines.compose import compose

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForTokenClassification
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks.entities import entity_f1
 from ctxprune.tasks.examples import Example
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.batches import IGNORED
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import __main__, output
 from pipelines.benchmark_config import HiddenConfig
 from pipelines.hidden_benchmark import training

@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ctxprune
-from ctxprune.corpus import stdlib_documents
 from ctxprune.errors import UserError
 from ctxprune.retrofitting import wrappers
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.corpus import stdlib_documents
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines.compose import compose
 from pipelines.config import KernelsConfig
 from pipelines.kernel_benchmark import problem, recorded, words

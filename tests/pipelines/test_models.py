@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import ctxprune
-from ctxprune.batches import Batch
 from ctxprune.budget import measure
 from ctxprune.errors import UserError
-from ctxprune.token_store import TokenStore, pack
+from ctxprune.text.batches import Batch
+from ctxprune.text.token_store import TokenStore, pack
 from pipelines.config import Config, ModelConfig, PruningConfig
 from pipelines.models import calibration, from_scratch, policy_for, trained
 from pipelines.ranges import RANKED

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import __main__, output
 
 TEXT = "".join(f"line {i} of a text that is long enough to learn from, or so one hopes\n" for i in range(2000))

@@ -13,8 +13,8 @@ import torch
 
 from ctxprune import checkpoint
 from ctxprune.drop_time import drop_times
-from ctxprune.token_store import write_tokens
-from ctxprune.tokenizer import encode_documents, train_tokenizer
+from ctxprune.text.token_store import write_tokens
+from ctxprune.text.tokenizer import encode_documents, train_tokenizer
 from pipelines import store, training
 from pipelines.config import Config, ModelConfig, PruningConfig, TrainConfig, to_record
 from pipelines.models import from_scratch

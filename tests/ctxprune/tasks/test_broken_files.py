@@ -8,7 +8,7 @@ import pytest
 
 from ctxprune.errors import UserError
 from ctxprune.tasks import from_dict
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.tokenizer import train_tokenizer
 
 GOOD = json.dumps({"dialogue": "hello there", "summary": "hi"})
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, PreTrainedTokenizerFast
 
-from ctxprune.batches import IGNORED
 from ctxprune.tasks import from_dict
 from ctxprune.tasks.scoring import in_context, loss, score
 from ctxprune.tasks.task import SPLITS
-from ctxprune.tokenizer import load_tokenizer, train_tokenizer
+from ctxprune.text.batches import IGNORED
+from ctxprune.text.tokenizer import load_tokenizer, train_tokenizer
 
 SENTENCES = [f"film number {number} is {'good' if number % 3 else 'bad, truly bad'}" for number in range(120)]
 TOPICS = ["World", "Sports", "Business", "Sci/Tech"]

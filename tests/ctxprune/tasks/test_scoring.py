@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.scoring import answered, in_context, keep_set, loss, paired_bootstrap, pearson, score, spearman
 from ctxprune.tasks.task import TaskBatch
+from ctxprune.text.batches import IGNORED
 
 
 def batch(answers, questions, **fields) -> TaskBatch:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.tasks import SYNTHETIC
 from ctxprune.tasks.dialogue import DialogueConfig
@@ -18,6 +17,7 @@ from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.recall_invisible import RecallInvisibleConfig
 from ctxprune.tasks.symbols import DECOY, FACT, RULE, SEP, SPECIAL, START, TURN
 from ctxprune.tasks.task import SPLITS, TaskBatch
+from ctxprune.text.batches import IGNORED
 
 SMALL = [
     RecallConfig(length=40, facts=5, decoys=3),

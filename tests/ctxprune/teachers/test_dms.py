@@ -11,9 +11,9 @@ import torch
 import ctxprune
 from ctxprune import UserError
 from ctxprune.drop_time import forward_with_drop_times
+from ctxprune.generation.prompts import page_bytes
 from ctxprune.policies import DMSConfig, FutureConfig, H2OConfig, RandomConfig
 from ctxprune.policies.budget import Budget
-from ctxprune.prompts import page_bytes
 from ctxprune.retrofitting import gate_parameters, state_of, wrappers
 from ctxprune.tasks.recall import RecallConfig
 from ctxprune.tasks.task import TaskBatch

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from ctxprune.batches import IGNORED
 from ctxprune.errors import UserError
 from ctxprune.policies import DenseConfig
 from ctxprune.retrofitting import retrofit
 from ctxprune.tasks import SYNTHETIC, Task
 from ctxprune.tasks.recall import RecallConfig
-from ctxprune.tokenizer import train_tokenizer
+from ctxprune.text.batches import IGNORED
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import compose
 from pipelines.policy_study import jobs, run, small_model, table, texts
 from pipelines.policy_study.measure import measure

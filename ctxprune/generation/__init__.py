@@ -1,0 +1,1 @@
+"""How is text written? By `generate` on `batching`; `lossless` has the dense model verify, `cascade` begins small."""

@@ -1,0 +1,281 @@
+"""How do many requests share one model and one pool of memory? By continuous batching: a request joins the running
+batch as soon as there is room, and leaves it at its own end.
+
+Every step feeds one token of each running row. New requests are read first, their prompts in chunks and in a cache of
+their own, and then join; rows that end give their pages back. When the pool is full the youngest request waits: what it
+had written becomes part of its prompt, so nothing is lost and nothing is written twice.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ctxprune.cache.page_pool import PoolFull
+from ctxprune.cache.pinning import stacked
+from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
+from ctxprune.cache.revival import Alarm
+from ctxprune.errors import UserError
+from ctxprune.generation.prefill import prefill
+from ctxprune.generation.prompts import check_prompt, page_bytes
+from ctxprune.generation.request import Request
+from ctxprune.generation.sampling import Sampling, pick
+from ctxprune.retrofitting import mode, state_of
+
+SIMILAR = 1.25
+"""Prompts are read together while the longest is at most this many times the shortest: padding costs time too."""
+
+
+class Batcher:
+    """Serves requests of one retrofitted model. Submit them at any time; `step` or `run` makes them go on."""
+
+    def __init__(
+        self,
+        model,
+        *,
+        max_batch: int = 64,
+        max_cache_bytes: int | None = None,
+        max_live_tokens: int | None = None,
+        prefill_chunk: int = 512,
+        page: int = 64,
+        alarm: Alarm | None = None,
+    ):
+        """max_batch: rows that run at once; max_cache_bytes: of all pages of keys, values and interaction keys;
+        max_live_tokens: keys per row and layer; prefill_chunk: prompt tokens per pass, 0 for whole prompts; alarm:
+        bring dropped keys back where a query may need them.
+
+        Raises UserError for settings out of range, and a pool that no sequence fits in.
+        """
+        for name, value in {"max_batch": max_batch, "max_cache_bytes": max_cache_bytes}.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: give at least 1")
+        if prefill_chunk < 0:
+            raise UserError(f"prefill_chunk is {prefill_chunk}: give 0 (whole prompts) or a positive number")
+        self.model, self.dense = model, state_of(model).mode == "dense"
+        self.max_batch, self.max_cache_bytes, self.prefill_chunk = max_batch, max_cache_bytes, prefill_chunk
+        self.page, self.max_live_tokens, self.alarm = page, max_live_tokens, alarm
+        least = page_bytes(model, page) * state_of(model).layers
+        if max_cache_bytes is not None and max_cache_bytes < least:
+            raise UserError(f"max_cache_bytes is {max_cache_bytes}: one sequence takes at least {least}, give more")
+        self.cache = self._new_cache()
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        """In the order of the cache's rows."""
+        self.logits: Tensor | None = None
+        """(rows, vocab): what each running row's next token is picked from."""
+        self.submitted = self.steps = self.peak_cache_bytes = self.most_running = 0
+        self.kept = 1.0
+        """Bytes per prompt token that requests kept lately, over those of a prompt of which nothing is dropped."""
+
+    def submit(
+        self,
+        prompt: Int[Tensor, " n"],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        eos_token_id: int | None = None,
+        pinned: Tensor | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Request:
+        """A request joins the queue. on_token(index, token) is called for each of its tokens as it is written.
+
+        Raises UserError for a prompt or settings that the model cannot serve.
+        """
+        check_prompt(self.model, prompt, max_new_tokens)
+        page, layers = self.cache.page, state_of(self.model).layers
+        whole = -(-(len(prompt) + max_new_tokens) // page) * page_bytes(self.model, page) * layers
+        if self.dense and self.max_cache_bytes is not None and whole > self.max_cache_bytes:
+            raise UserError(f"max_cache_bytes is {self.max_cache_bytes}: this request needs {whole}, give more")
+        how = sampling or Sampling()
+        device = next(self.model.parameters()).device
+        generator = torch.Generator(device=device).manual_seed(how.seed)
+        ids = prompt.detach().cpu().long()
+        one = Request(self.submitted, ids, max_new_tokens, how, generator, eos_token_id, pinned, on_token)
+        self.submitted += 1
+        self.waiting.append(one)
+        return one
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        with self._deciding():
+            while self.waiting or self.running:
+                self._step()
+
+    def step(self) -> list[Request]:
+        """Admit who fits, then one token for every running row; returns those that ended."""
+        with self._deciding():
+            return self._step()
+
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        """The model as it decides when it writes: in eval mode, under the step function or dense."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), mode(self.model, "dense" if self.dense else "hard"):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _step(self) -> list[Request]:
+        self._admit()
+        ended = self._write()
+        if self.running:
+            self._make_room()
+            self._feed()
+        self.steps += 1
+        return ended
+
+    def _new_cache(self, max_bytes: int | None = None, *, reading: bool = False) -> PrunedCache:
+        most = self.max_cache_bytes if max_bytes is None else max_bytes
+        # Each cache has an alarm of its own; the one that was given is that of the running batch.
+        alarm = self.alarm if self.alarm is None or not reading else replace(self.alarm, cold=[])
+        return PrunedCache(page=self.page, max_live_tokens=self.max_live_tokens, max_bytes=most, alarm=alarm)
+
+    # Reading prompts.
+    def _admit(self) -> None:
+        """Read waiting prompts, oldest first, while rows and memory last."""
+        while self.waiting and len(self.running) < self.max_batch:
+            group = self._next_group()
+            if not group:
+                return
+            if not self._read(group):
+                return
+
+    def _next_group(self) -> list[Request]:
+        """Who is read together next: neighbours in the queue, of similar length, as far as there is room for all."""
+        group: list[Request] = []
+        room = self._room()
+        while self.waiting and len(self.running) + len(group) < self.max_batch:
+            one = self.waiting[0]
+            lengths = [len(one.text()), *(len(other.text()) for other in group)]
+            if max(lengths) > SIMILAR * min(lengths):
+                break
+            room -= self._expected(one) + self._chunk_bytes(one)
+            if room < 0 and (self.running or group):
+                break
+            group.append(self.waiting.popleft())
+        return group
+
+    def _room(self) -> float:
+        if self.max_cache_bytes is None:
+            return float("inf")
+        return self.max_cache_bytes - self.cache.used_bytes()
+
+    def _expected(self, one: Request) -> float:
+        """Bytes that a request probably takes, judged by those before it."""
+        page, layers = self.cache.page, state_of(self.model).layers
+        tokens = self.kept * len(one.text()) + page / 2
+        return tokens / page * page_bytes(self.model, page) * layers
+
+    def _chunk_bytes(self, one: Request) -> float:
+        """Bytes that a chunk takes in the layer that is reading it, before what it drops is gone."""
+        length = len(one.text())
+        return page_bytes(self.model, self.page) * (min(length, self.prefill_chunk or length) / self.page + 1)
+
+    def _read(self, group: list[Request]) -> bool:
+        """Read their prompts in a cache of their own and let them join; if the pool is full, False: they wait on."""
+        self.cache.trim()
+        left = None if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.allocated_bytes()
+        cache = self._new_cache(left, reading=True)
+        cache.pinned = stacked([one.pinned for one in group])
+        if self.dense and self.max_cache_bytes is None:
+            cache.expected = torch.tensor([one.whole(least=cache.page) for one in group])
+        try:
+            # What a request had written before it had to wait is not part of its prompt.
+            ends = [len(one.prompt) for one in group]
+            logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk, ends)
+        except UserError:  # one of them cannot be served, and is told so alone
+            if len(group) == 1:
+                raise
+            self.waiting.extendleft(reversed(group))
+            return self._read([self.waiting.popleft()])
+        except PoolFull:
+            self.kept = min(1.0, 1.5 * self.kept)
+            self.waiting.extendleft(reversed(group))
+            if len(group) > 1:
+                return self._read([self.waiting.popleft() for _ in range(len(group) // 2)])
+            if self.running:
+                return False
+            self.waiting.popleft()
+            raise UserError(
+                f"max_cache_bytes is {self.max_cache_bytes}: too small for the request of {len(group[0].text())} "
+                "tokens, give more"
+            ) from None
+        except BaseException:  # whatever went wrong, nobody is lost
+            self.waiting.extendleft(reversed(group))
+            raise
+        cache.shrink(0.0)
+        self._learn(cache, group)
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes() + cache.allocated_bytes())
+        self.cache.absorb(cache)
+        self.running += group
+        self.most_running = max(self.most_running, len(self.running))
+        self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
+        return True
+
+    def _learn(self, cache: PrunedCache, group: list[Request]) -> None:
+        """What share of a prompt survives."""
+        page, layers = cache.page, state_of(self.model).layers
+        tokens = sum(len(one.text()) for one in group)
+        share = cache.allocated_bytes() / (tokens / page * page_bytes(self.model, page) * layers)
+        self.kept = min(1.0, 0.5 * self.kept + 0.5 * share if self.most_running else share)
+
+    # Writing.
+    def _write(self) -> list[Request]:
+        """Every running row takes its next token; those that end leave."""
+        if not self.running or self.logits is None:
+            return []
+        chosen = pick(self.logits, [one.sampling for one in self.running], [one.generator for one in self.running])
+        for one, token in zip(self.running, chosen.tolist(), strict=True):
+            one.take(token)
+        ended = [one for one in self.running if one.finished]
+        if ended:
+            for one, count in zip(self.running, self.cache.live_tokens().double().mean(0).tolist(), strict=True):
+                one.live_tokens = count
+            self._keep([row for row, one in enumerate(self.running) if not one.finished])
+        return ended
+
+    def _keep(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        self.running = [self.running[row] for row in rows]
+        kept = torch.tensor(rows, dtype=torch.long, device=None if self.logits is None else self.logits.device)
+        if rows:
+            for layer in self.cache.held:
+                layer.reserved = 0  # what stays free of what was taken for rows that leave may go
+            self.cache.select(kept)
+            self.logits = None if self.logits is None else self.logits[kept]
+        else:
+            self.cache, self.logits = self._new_cache(), None
+
+    def _make_room(self) -> None:
+        """The next token of every row has its slot, or the youngest rows wait until it has."""
+        while not self.cache.make_room():
+            if len(self.running) == 1:
+                one = self.running[0]
+                self._keep([])  # what it has written stays true, and others may come
+                raise UserError(
+                    f"max_cache_bytes is {self.max_cache_bytes}: too small for a sequence of {len(one.text())} tokens, "
+                    "give more"
+                )
+            youngest = max(range(len(self.running)), key=lambda row: self.running[row].index)
+            one = self.running[youngest]
+            one.pauses += 1
+            self.waiting.appendleft(one)
+            self._keep([row for row in range(len(self.running)) if row != youngest])
+
+    def _feed(self) -> None:
+        """Each row's last token goes through the model."""
+        device = self.cache.lengths.device
+        last = torch.tensor([[one.tokens[-1]] for one in self.running], device=device)
+        position = self.cache.lengths[:, None]
+        self.logits = self.model(last, position_ids=position, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes())
+        if self.steps % SHRINK_EVERY == SHRINK_EVERY - 1:
+            self.cache.shrink()

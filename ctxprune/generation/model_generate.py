@@ -1,0 +1,47 @@
+"""How does transformers' own `model.generate` forget? A retrofitted model hands it a PrunedCache where it would make a
+cache of its own.
+
+The model's class becomes a subclass of the same name, since generate asks the class and not a setting.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import GenerationConfig
+
+from ctxprune.cache.pruned_cache import PrunedCache
+from ctxprune.calls import PruningState
+from ctxprune.errors import UserError
+
+
+class Forgetting:
+    """What a retrofitted model's class has before its own."""
+
+    pruning_state: PruningState
+
+    def __call__(self, *args, **kwargs):
+        """Layers meet hidden states alone; some policies ask which tokens these are."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.pruning_state.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *others, **more
+    ) -> None:
+        """Called by transformers' generate: puts the cache into model_kwargs."""
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic"):
+            raise UserError(f"cache_implementation={asked!r} cannot forget: leave it out")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            cache = PrunedCache()
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+
+
+def forgets(model: PreTrainedModel, state: PruningState) -> None:
+    """Make `model.generate` use a PrunedCache, and tell the layers, which share `state`, what is read."""
+    original = type(model)
+    model.pruning_state = state  # type: ignore[assignment]
+    model.__class__ = type(original.__name__, (Forgetting, original), {"__module__": original.__module__})

@@ -1,0 +1,50 @@
+"""What is asked of a Batcher, and how far is it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ctxprune.cache.page_pool import GROWTH
+from ctxprune.generation.sampling import Sampling
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what has been written after it."""
+
+    index: int
+    prompt: Int[Tensor, " n"]
+    max_new_tokens: int
+    sampling: Sampling
+    generator: torch.Generator
+    eos_token_id: int | None = None
+    pinned: Tensor | None = None
+    on_token: Callable[[int, int], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    live_tokens: float = 0.0
+    """Mean over layers of the keys alive at its last step, the newest included."""
+    pauses: int = 0
+    """How often it had to wait for others in the middle of its text."""
+
+    def text(self) -> Int[Tensor, " n"]:
+        """The prompt and all that has been written."""
+        return torch.cat([self.prompt, torch.tensor(self.tokens, dtype=torch.long)])
+
+    def whole(self, least: int) -> int:
+        """Positions that it takes if nothing of it is dropped: with all that it may write, but no more than a pool that
+        is full grows by, or than `least`."""
+        read = len(self.prompt) + len(self.tokens)
+        return min(len(self.prompt) + self.max_new_tokens, read + max(read // GROWTH, least))
+
+    def take(self, token: int) -> None:
+        """The next token."""
+        self.tokens.append(token)
+        self.finished = token == self.eos_token_id or len(self.tokens) == self.max_new_tokens
+        if self.on_token is not None:
+            self.on_token(self.index, token)
