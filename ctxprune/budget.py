@@ -116,12 +116,23 @@ def _bracket(sparsity, target: float) -> tuple[float, float]:
 @torch.no_grad()
 def measure(model, batches: list) -> float:
     """Step-function sparsity over batches: mean over layers of dropped pairs / visible pairs."""
-    kept, pairs = 0.0, 0.0
+    kept, pairs, device = 0.0, 0.0, next(model.parameters()).device
     for batch in batches:
-        taken = drop_times(model, batch.input_ids, position_ids=batch.position_ids)
+        taken = drop_times(model, batch.input_ids.to(device), position_ids=batch.position_ids.to(device))
         kept += taken.kept_pairs().sum().item() / taken.drop_time.shape[0]
         pairs += visible_pairs(taken.document_end).sum().item()
     return 1.0 - kept / max(1, pairs)
+
+
+def refuse_out_of_reach(target: float, documents: Layout, sinks: int, recent: int) -> None:
+    """UserError where the protected tokens alone exceed the budget on these documents, whatever gates drop."""
+    pairs = visible_pairs(documents.end).sum().item()
+    least = _kept_pairs(WindowRule(1), documents, sinks, recent)
+    if least > (1.0 - target) * pairs:
+        raise UserError(
+            f"no gates drop {target:.0%} of the context: sinks={sinks} and recent={recent} protect "
+            f"{least / pairs:.0%} of it; lower them or choose a lower sparsity"
+        )
 
 
 def window_for(target: float, documents: Layout, layers: int, sinks: int, recent: int) -> WindowConfig:

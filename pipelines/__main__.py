@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -11,6 +12,8 @@ from ctxprune.errors import UserError
 from pipelines import compose, output
 from pipelines.config import Config
 
+PLACES = {errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
+"""What is wrong with a file or folder that a person named, or with its disk."""
 USAGE = "usage: python -m pipelines VERB [SETTING=VALUE ...], VERB one of " + ", ".join(compose.VERBS)
 
 
@@ -38,6 +41,11 @@ def main(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader of stdout has seen enough, as in `| head`
         return 141
+    except OSError as error:
+        if error.errno not in PLACES or error.filename is None:
+            raise
+        print(f"ctxprune: {compose.one_line(f'{error.filename}: {error.strerror}', 2000)}", file=sys.stderr)
+        return 2
 
 
 def _report(config: Config) -> int:

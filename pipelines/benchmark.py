@@ -25,7 +25,7 @@ from pipelines import (
 )
 from pipelines.config import Config
 from pipelines.decoding_benchmark import measure, text_of
-from pipelines.evaluate import as_trained, corpus_for
+from pipelines.evaluate import as_trained, corpus_for, refuse_changed
 from pipelines.machine import machine, versions
 from pipelines.models import trained
 from pipelines.progress import Bars
@@ -48,6 +48,7 @@ def main(config: Config, overrides: list[str]) -> int:
     with Bars() as bars:
         data = corpus_for(config, folder, bars)
         if config.benchmark.target == "feedback":
+            refuse_changed(data, folder, overrides)
             return _feedback(config, folder, data)
         with bars.task("benchmark (repeats)", config.benchmark.repeats) as advance:
             speed = measure(folder, data, config.benchmark, advance)

@@ -135,6 +135,8 @@ def _check_pruning(config: Config) -> None:
         raise UserError("pruning.policy=learned needs pruning.sparsity=S in (0, 1), or pruning.gamma=G as in the paper")
     if policy in ("window", "strided", *RANKED) and pruning.sparsity is None:
         raise UserError(f"pruning.policy={policy} needs pruning.sparsity=S in (0, 1)")
+    if pruning.freeze_backbone and policy != "learned":
+        raise UserError(f"pruning.freeze_backbone=true leaves pruning.policy={policy} nothing to train: leave it out")
     if pruning.alpha_end < pruning.alpha_start:
         start = f"pruning.alpha_start={pruning.alpha_start}"
         raise UserError(f"pruning.alpha_end={pruning.alpha_end} is below {start}: sharpness only rises")
@@ -161,6 +163,14 @@ def _check_contexts(config: Config) -> None:
             raise UserError(
                 f"evaluate.contexts holds {length}, above train.context={context}: use evaluate.contexts=[{fitting}]"
             )
+    if config.evaluate.tokens < context:
+        raise UserError(f"evaluate.tokens={config.evaluate.tokens} is fewer than one train.context={context}: raise it")
+    longest = config.benchmark.prompt + config.benchmark.new_tokens
+    if config.model.path is None and config.model.family == "gpt2" and longest > context:
+        raise UserError(
+            f"benchmark.prompt + benchmark.new_tokens is {longest}, more than the train.context={context} positions of "
+            "a gpt2 from scratch: lower one"
+        )
     protected = config.policy.sinks + config.policy.recent
     if protected >= context:
         raise UserError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ctxprune.errors import UserError
 from pipelines import store
 from pipelines.config import ClusterConfig
 from pipelines.engine import quiet_environment
@@ -61,10 +62,20 @@ def slots(cluster: ClusterConfig) -> int:
     import ray
 
     total = ray.cluster_resources()
-    fits = int(total.get("CPU", 1)) // (cluster.workers * cluster.cpus_per_worker)
-    if cluster.gpus_per_worker:
-        fits = min(fits, int(total.get("GPU", 0)) // (cluster.workers * cluster.gpus_per_worker))
-    return max(1, min(cluster.concurrency, fits) if cluster.concurrency else fits)
+    fits = fitting(cluster, int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+    return min(cluster.concurrency, fits) if cluster.concurrency else fits
+
+
+def fitting(cluster: ClusterConfig, cores: int, gpus: int) -> int:
+    """Jobs that so many cores and GPUs hold. UserError for none: Ray would wait for more without a word."""
+    fits = []
+    for name, each, there in (("cpus", cluster.cpus_per_worker, cores), ("gpus", cluster.gpus_per_worker, gpus)):
+        if each:
+            fits.append(there // (cluster.workers * each))
+        if each and not fits[-1]:
+            asked = f"cluster.workers={cluster.workers} x cluster.{name}_per_worker={each}"
+            raise UserError(f"{asked} is more than the {there} {name} there are: lower one, or join a larger cluster")
+    return min(fits)
 
 
 def run_jobs(

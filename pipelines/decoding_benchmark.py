@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,20 +15,34 @@ from ctxprune.text.token_store import read_tokens
 from pipelines import store
 from pipelines.config import BenchmarkConfig
 from pipelines.decoding_speed import compare
+from pipelines.machine import device
 from pipelines.progress import Bars
 from pipelines.study import Steps
 
 
-def run_benchmarks(ready: list[Steps], bars: Bars) -> None:
-    """Benchmark every trained trial that has none yet, one at a time."""
-    todo = [one for one in ready if not store.finished(one.benchmark)]
+def run_benchmarks(
+    ready: list[Steps], bars: Bars, ended: Callable[[Steps, Exception | None], None] = lambda one, error: None
+) -> None:
+    """Benchmark every trained trial that has none yet, one at a time; one failure stops no other. ended(trial, error)
+    after each, finished ones too."""
+    todo = []
+    for one in ready:
+        if store.finished(one.benchmark):
+            ended(one, None)
+        else:
+            todo.append(one)
     if not todo:
         return
     with bars.task("benchmarks", len(todo)) as advance:
         for done, one in enumerate(todo):
             config = one.trial.config
             root = Path(config.runs) / "store"
-            store.ensure(root, "benchmark", one.benchmark_inputs, lambda staged, one=one: _one(one, staged))
+            try:
+                store.ensure(root, "benchmark", one.benchmark_inputs, lambda staged, one=one: _one(one, staged))
+            except Exception as error:  # out of memory, or anything else: the others' results are still to come
+                ended(one, error)
+            else:
+                ended(one, None)
             advance(done + 1)
 
 
@@ -40,8 +55,7 @@ def _one(one: Steps, staged: Path) -> None:
 def measure(model_folder: Path, data: Path, settings: BenchmarkConfig, advance=lambda done: None) -> dict:
     """Decoding speed and cache size of a saved model on held-out text; see ctxprune.decoding and
     decoding_speed.compare."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = checkpoint.load(model_folder, device=device)
+    model = checkpoint.load(model_folder, device=device())
     ids = text_of(data, settings)
     return compare(model, ids, settings.prompt, settings.repeats, advance)
 

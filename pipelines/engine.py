@@ -17,8 +17,7 @@ def start(model: nn.Module, groups: list[dict], engine: EngineConfig, train: Tra
     """A DeepSpeed engine around model; groups: AdamW parameter groups. The process group must be initialised
     already."""
     deepspeed = _import()
-    if engine.dtype == "bfloat16":
-        model.to(torch.bfloat16)
+    # It casts parameters to bfloat16 itself and leaves buffers: rounded rotary frequencies are other positions.
     wrapped, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=groups,

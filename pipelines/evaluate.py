@@ -15,9 +15,9 @@ from ctxprune.text.token_store import read_tokens
 from pipelines import output
 from pipelines.config import Config
 from pipelines.grid import Trial
-from pipelines.machine import machine, versions
+from pipelines.machine import device, machine, versions
 from pipelines.models import trained
-from pipelines.prepare import Corpora
+from pipelines.prepare import Corpora, text_fingerprint
 from pipelines.progress import Bars
 
 
@@ -26,8 +26,10 @@ def main(config: Config, overrides: list[str]) -> int:
     folder = trained(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:
-        tokens = read_tokens(corpus_for(config, folder, bars))
-        model = checkpoint.load(folder)
+        data = corpus_for(config, folder, bars)
+        refuse_changed(data, folder, overrides)
+        tokens = read_tokens(data)
+        model = checkpoint.load(folder, device=device())
         settings = config.evaluate
         batches = list(held_out_batches(tokens.held_out, settings.batch, config.train.context, settings.tokens))
         with bars.task("evaluating (batches)", len(batches)) as advance:
@@ -63,6 +65,19 @@ def corpus_for(config: Config, folder: Path, bars: Bars) -> Path:
         raise UserError(f"the tokenizer in {folder} is not the one its model was trained with: restore it")
     with_tokenizer = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
     return Corpora([Trial("", with_tokenizer, [])], bars).folder(with_tokenizer)
+
+
+def refuse_changed(data: Path, folder: Path, overrides: list[str]) -> None:
+    """UserError where a model would be judged on its own data, which is not what it was: of another text other
+    documents are held out, and it may have learned them. Nothing for text that the command line names."""
+    trained_on = checkpoint.read_pruning(folder).get("text_fingerprint")
+    if any(word.split("=")[0].split(".")[0] == "data" for word in overrides):
+        return
+    if trained_on is not None and trained_on != text_fingerprint(data):
+        raise UserError(
+            f"the text that {folder} was trained on has changed, and it may have learned what is held out now: "
+            "restore it, or name what to judge on, e.g. data.path=FILE"
+        )
 
 
 def _text(record: dict) -> str:

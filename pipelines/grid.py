@@ -16,7 +16,7 @@ from pipelines.config import Config
 # A sweep above this is a slip of the keyboard: at a minute a trial it is most of a day.
 MAX_TRIALS = 1000
 # Settings of the sweep as a whole: a trial cannot have its own.
-WHOLE = {"sweep", "tracking", "runs", "format", "experiment"}
+WHOLE = {"sweep", "tracking", "runs", "format", "experiment", "cluster"}
 # What a trial's result depends on: where its records lie, or how they are shown, changes nothing.
 DEFINES = ("model", "data", "pruning", "policy", "train", "engine", "evaluate", "benchmark")
 

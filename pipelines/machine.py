@@ -24,6 +24,13 @@ def machine() -> dict[str, object]:
     }
 
 
+def device() -> str:
+    """Where models are computed: this process's GPU, if it has one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python, of this project and of the packages a result depends on; None where not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}

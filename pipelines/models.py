@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ctxprune
 from ctxprune import checkpoint
-from ctxprune.budget import share_for, strided_for, window_for
+from ctxprune.budget import refuse_out_of_reach, share_for, strided_for, window_for
 from ctxprune.errors import UserError
 from ctxprune.policies import POLICIES, PolicyConfig
 from ctxprune.text.batches import train_batch
@@ -20,8 +20,8 @@ from pipelines.ranges import RANKED
 
 CALIBRATION_SEED = 0xCA1B
 """Seed of the training windows on which budgets are settled; apart from the seeds of training."""
-CALIBRATION_TOKENS = 65536
-"""Training tokens on which budgets are settled."""
+CALIBRATION_TOKENS, CALIBRATION_ROWS = 65536, 16
+"""Training tokens on which budgets are settled, and windows of a batch of them."""
 
 
 def from_scratch(model: ModelConfig, vocab_size: int, start_id: int, context: int, seed: int) -> PreTrainedModel:
@@ -60,16 +60,19 @@ def pretrained(folder_or_id: str, context: int, tokens: TokenStore) -> PreTraine
 
 
 def policy_for(config: Config, layers: int, tokens: TokenStore) -> PolicyConfig:
-    """The policy of a trial; window and strided ones are solved for the target on training text."""
+    """The policy of a trial; window and strided ones are solved for the target on training text. UserError for a target
+    that protected tokens put out of reach."""
     pruning, keep = config.pruning, {"sinks": config.policy.sinks, "recent": config.policy.recent}
     if pruning.policy == "dense":
         return ctxprune.DenseConfig(**keep)
+    position = torch.cat([batch.position_ids for batch in calibration(config, tokens)])
+    documents = layout(position.shape, position, None, position.device)
     if pruning.policy == "learned":
+        if pruning.sparsity is not None:
+            refuse_out_of_reach(pruning.sparsity, documents, **keep)
         return ctxprune.GateConfig(
             rank=pruning.rank, beta=pruning.beta, propagate_in_depth=pruning.propagate_in_depth, **keep
         )
-    position = torch.cat([batch.position_ids for batch in calibration(config, tokens)])
-    documents = layout(position.shape, position, None, position.device)
     if pruning.policy in RANKED:
         return POLICIES[pruning.policy](when="step", budget=share_for(pruning.sparsity, documents, **keep), **keep)
     solve = window_for if pruning.policy == "window" else strided_for
@@ -78,11 +81,9 @@ def policy_for(config: Config, layers: int, tokens: TokenStore) -> PolicyConfig:
 
 def calibration(config: Config, tokens: TokenStore) -> list:
     """Windows of training text, in batches, on which budgets are settled: the same for every trial."""
-    batch = config.evaluate.batch
-    count = max(1, CALIBRATION_TOKENS // (batch * config.train.context))
-    return [
-        train_batch(tokens.train, CALIBRATION_SEED, step, 0, 1, batch, config.train.context) for step in range(count)
-    ]
+    rows, context = CALIBRATION_ROWS, config.train.context
+    count = max(1, CALIBRATION_TOKENS // (rows * context))
+    return [train_batch(tokens.train, CALIBRATION_SEED, step, 0, 1, rows, context) for step in range(count)]
 
 
 def trained(folder: Path) -> Path:

@@ -16,7 +16,8 @@ from ctxprune.errors import UserError
 from ctxprune.policies import GateConfig
 from ctxprune.retrofitting import retrofit
 from ctxprune.text.tokenizer import load_tokenizer
-from pipelines.config import Config, TrackingConfig
+from pipelines.cluster import fitting
+from pipelines.config import ClusterConfig, Config, TrackingConfig
 
 
 def check_model(config: Config) -> None:
@@ -45,6 +46,12 @@ def check_model(config: Config) -> None:
             f"the tokenizer in {path} has {entries} entries, its model only {model.config.vocab_size}: "
             "they do not belong together; put the model's own tokenizer there"
         )
+
+
+def check_cluster(cluster: ClusterConfig) -> None:
+    """UserError for a job that needs more than this machine has; another cluster says what it has when it is joined."""
+    if cluster.address is None:
+        fitting(cluster, os.cpu_count() or 1, torch.cuda.device_count())
 
 
 def check_tracking(tracking: TrackingConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from ctxprune.errors import UserError
 from ctxprune.text import corpus, tokenizer
 from ctxprune.text.token_store import read_tokens, write_tokens
 from pipelines import store
+from pipelines.compose import config_hash
 from pipelines.config import Config, DataConfig
 from pipelines.grid import Trial
 from pipelines.progress import Bars
@@ -29,6 +31,8 @@ class Corpus:
 
     inputs: dict
     folder: Path
+    tokens: tuple[int, int]
+    """Of the training text and of the held-out text."""
     ids: tuple[list[np.ndarray], list[np.ndarray]] | None = None
     tokenizer: PreTrainedTokenizerFast | None = None
 
@@ -46,7 +50,8 @@ class Corpora:
             text = texts.setdefault(repr(config.data), [])
             text = texts[repr(config.data)] = text or _documents(config.data)
             if _key(config) not in self.found:
-                self.found[_key(config)] = _tokenised(text, config, bars)
+                known = {one.folder: one for one in self.found.values()}
+                self.found[_key(config)] = _tokenised(text, config, bars, known)
 
     def folder(self, config: Config) -> Path:
         """The tokenised corpus of a trial, written if it is not there yet."""
@@ -55,16 +60,28 @@ class Corpora:
             return corpus.folder
         train, held_out = corpus.ids
         root = corpus.folder.parent
-        return store.ensure(
+        folder = store.ensure(
             root, "data", corpus.inputs, lambda staged: write_tokens(staged, train, held_out, corpus.tokenizer)
         )
+        corpus.ids = None  # gigabytes that nobody reads again
+        return folder
+
+
+def text_fingerprint(folder: Path) -> str | None:
+    """Which text, and which part of it held out, a tokenised corpus was made of; None for one of no study."""
+    path = folder / store.INPUTS
+    if not path.is_file():
+        return None
+    inputs = json.loads(path.read_text())
+    return config_hash({name: inputs[name] for name in ("text", "held_out")})
 
 
 def _key(config: Config) -> str:
     return repr((config.data, config.model.path, config.train.context, config.runs))
 
 
-def _tokenised(documents: list[str], config: Config, bars: Bars) -> Corpus:
+def _tokenised(documents: list[str], config: Config, bars: Bars, known: dict[Path, Corpus]) -> Corpus:
+    """known: by folder, those that are there already or wait to be written."""
     source = config.model.path
     brought = tokenizer.load_tokenizer(source) if source else None
     inputs = {
@@ -74,17 +91,22 @@ def _tokenised(documents: list[str], config: Config, bars: Bars) -> Corpus:
         "tokenizer": tokenizer.fingerprint(brought) if brought else {"vocab_size": config.data.vocab_size},
     }
     folder = store.folder_of(Path(config.runs) / "store", "data", inputs)
+    if folder in known:
+        _refuse_short(*known[folder].tokens, config)
+        return known[folder]
     if store.finished(folder):
         tokens = read_tokens(folder)
-        _refuse_short(len(tokens.train.tokens), len(tokens.held_out.tokens), config)
-        return Corpus(inputs, folder)
+        counts = len(tokens.train.tokens), len(tokens.held_out.tokens)
+        _refuse_short(*counts, config)
+        return Corpus(inputs, folder, counts)
     train, held_out = corpus.split_documents(documents, config.data.held_out)
     chosen = brought or tokenizer.train_tokenizer(train, config.data.vocab_size)
     with bars.task("tokenising (documents)", len(train) + len(held_out)) as advance:
         train_ids = tokenizer.encode_documents(chosen, train, lambda done, total: advance(done))
         held_out_ids = tokenizer.encode_documents(chosen, held_out, lambda done, total: advance(len(train) + done))
-    _refuse_short(sum(map(len, train_ids)), sum(map(len, held_out_ids)), config)
-    return Corpus(inputs, folder, (train_ids, held_out_ids), chosen)
+    counts = sum(map(len, train_ids)), sum(map(len, held_out_ids))
+    _refuse_short(*counts, config)
+    return Corpus(inputs, folder, counts, (train_ids, held_out_ids), chosen)
 
 
 def _refuse_short(train: int, held_out: int, config: Config) -> None:

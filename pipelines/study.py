@@ -9,15 +9,17 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ctxprune import checkpoint
 from ctxprune.errors import UserError
 from pipelines import store
-from pipelines.config import to_record
+from pipelines.compose import config_hash
+from pipelines.config import Config, to_record
 from pipelines.grid import Trial
 from pipelines.worker import METRICS, Job
 
-FORMAT = 2
+FORMAT = 3
 """Raise when the meaning of a step's output changes: old outputs are then made anew."""
 BASE_TRAIN = ("base_steps", "base_learning_rate", "batch", "context", "warmup", "decay", "weight_decay", "clip", "seed")
 """Settings of `train` that a base model depends on."""
@@ -26,6 +28,10 @@ TRIAL_TRAIN = (
     *("warmup", "decay", "weight_decay", "clip", "seed"),
 )
 """Settings of `train` that a trial depends on beyond its base model."""
+
+
+SHARED = ("model", "data", "train", "engine", "evaluate")
+"""What a trial and its dense rival have in common, the seed left out."""
 
 
 @dataclass
@@ -90,12 +96,20 @@ def collect(one: Steps, sweep: str, machine: dict, versions: dict) -> dict:
         **{name: value for name, value in speed.items() if name != "seconds"},
         **{name: training[name] for name in ("parameters", "gate_parameters", "train_tokens")},
         "seed": config.train.seed,
+        "setting": setting(config),
         "wall_seconds": round(training["seconds"] + evaluation["seconds"] + speed["seconds"], 3),
         "pruning": pruning,
         "benchmark": dataclasses.asdict(config.benchmark),
         "machine": machine,
         "versions": versions,
     }
+
+
+def setting(config: Config) -> str:
+    """16 hex digits of all that trials share which differ in pruning and seed alone: what may be held against which."""
+    parts: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in SHARED}
+    parts["train"].pop("seed")
+    return config_hash(parts | {"workers": config.cluster.workers})
 
 
 def publish(one: Steps, folder: Path, result: dict) -> None:

@@ -6,17 +6,19 @@ Plan, prepare, base models, trials, benchmarks, report; a second start does what
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 
+from ctxprune.errors import UserError
 from pipelines import cluster, output, store, tracking
 from pipelines.config import Config, to_record
 from pipelines.decoding_benchmark import run_benchmarks
 from pipelines.grid import Trial, expand
 from pipelines.machine import machine, versions
-from pipelines.preflight import check_model, check_tracking
+from pipelines.preflight import check_cluster, check_model, check_tracking
 from pipelines.prepare import Corpora
 from pipelines.progress import Bars
-from pipelines.report import report
+from pipelines.report import read_plan, report
 from pipelines.study import Steps, collect, publish, steps
 
 
@@ -29,25 +31,35 @@ def main(config: Config, overrides: list[str]) -> int:
     return run_study(config, expand(config, overrides))
 
 
-def run_study(config: Config, trials: list[Trial]) -> int:
-    """Run trials as the sweep config.sweep.name; see the module's question."""
+def run_study(config: Config, trials: list[Trial], *, beside: bool = False) -> int:
+    """Run trials as the sweep config.sweep.name; see the module's question. beside: its plan keeps what it holds."""
     check_tracking(config.tracking)
-    for trial in {trial.config.model.path: trial for trial in trials}.values():
-        check_model(trial.config)
+    check_cluster(config.cluster)
+    for asked in {_asked_of_model(trial.config): trial.config for trial in trials}.values():
+        check_model(asked)
     with Bars() as bars:
         corpora = Corpora(trials, bars)
         # Up to here a person's mistake has left no trace; from here on the study owns its folder.
         with store.locked(Path(config.runs) / config.sweep.name):
-            failures = _study(config, trials, corpora, bars)
-    report(Path(config.runs) / config.sweep.name, json_lines=config.format == "json", out=output.stdout())
+            failures = _study(config, trials, corpora, bars, beside)
+    try:
+        report(Path(config.runs) / config.sweep.name, json_lines=config.format == "json", out=output.stdout())
+    except UserError:
+        if not failures:  # else there is nothing to report on: each was said when it failed
+            raise
     return 1 if failures else 0
 
 
-def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars) -> dict[str, str]:
+def _asked_of_model(config: Config) -> tuple:
+    """What check_model looks at."""
+    return config.model.path, config.train.context, config.benchmark.prompt + config.benchmark.new_tokens
+
+
+def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars, beside: bool) -> dict[str, str]:
     """Everything between the checks and the report; the causes of the trials that failed."""
     folder, here = Path(config.runs) / config.sweep.name, machine()
     plan = [steps(trial, corpora.folder(trial.config), here) for trial in trials]
-    _write_plan(folder, plan)
+    _write_plan(folder, plan, beside)
     for line in plan_lines(plan):
         bars.say(line)
     todo = [one for one in plan if one.missing()]
@@ -55,12 +67,43 @@ def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars) ->
     if any(set(one.missing()) - {"benchmark"} for one in todo):
         with cluster.connected(config.cluster):
             _run(_base_jobs(todo), config, folder, bars, failures)
-            _run(_trial_jobs(todo, failures, folder), config, folder, bars, failures)
-    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], bars)
-    for one in plan:
-        if not one.missing():
+            first, rest = waves(_trial_jobs(todo, failures, folder))
+            _run(first, config, folder, bars, failures)
+            _run(_trained(rest, first, failures, folder), config, folder, bars, failures)
+
+    def ended(one: Steps, error: Exception | None) -> None:
+        if error is None:
             _finish(one, config, folder, here, bars)
+            return
+        name, cause = one.trial.name, f"its benchmark failed: {type(error).__name__}: {error}".splitlines()[0]
+        failures[name] = cause
+        bars.say(f"  FAILED  {name}: {cause}")
+        _record_failure(folder / name, name, cluster.Failure(cause, "".join(traceback.format_exception(error)), None))
+
+    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], bars, ended)
     return failures
+
+
+def waves(jobs: list) -> tuple[list, list]:
+    """Jobs that may run together, and those that wait: trials which differ in how they are evaluated or timed share a
+    training, that the first of them does."""
+    first = {job.folder: name for name, job in reversed(jobs)}
+    leads = [first[job.folder] == name for name, job in jobs]
+    together = [one for one, leading in zip(jobs, leads, strict=True) if leading]
+    return together, [one for one, leading in zip(jobs, leads, strict=True) if not leading]
+
+
+def _trained(jobs: list, before: list, failures: dict[str, str], folder: Path) -> list:
+    """Those of the jobs whose training is there now; the others are reported. before: the jobs that were to train."""
+    ready, first = [], {job.folder: name for name, job in before}
+    for name, job in jobs:
+        if store.finished(job.folder):
+            ready.append((name, job))
+            continue
+        cause = f"{first[job.folder]}, which trains for it, failed: {failures.get(first[job.folder], 'unknown cause')}"
+        failures[name] = cause
+        _record_failure(folder / name, name, cluster.Failure(cause, "", None))
+    return ready
 
 
 def plan_lines(plan: list[Steps]) -> list[str]:
@@ -78,7 +121,12 @@ def plan_lines(plan: list[Steps]) -> list[str]:
 def _base_jobs(todo: list[Steps]) -> list:
     """The base models still to be trained, each once, largest first."""
     jobs = {one.base.folder: one for one in todo if one.base and not store.finished(one.base.folder)}
-    return [(f"base {one.trial.config.model.name}", one.base) for one in _largest_first(list(jobs.values()))]
+    return [(_base_name(one), one.base) for one in _largest_first(list(jobs.values()))]
+
+
+def _base_name(one: Steps) -> str:
+    assert one.base is not None
+    return f"base {one.trial.config.model.name} {one.base.folder.name[-8:]}"
 
 
 def _trial_jobs(todo: list[Steps], failures: dict[str, str], folder: Path) -> list:
@@ -88,7 +136,7 @@ def _trial_jobs(todo: list[Steps], failures: dict[str, str], folder: Path) -> li
         if not set(one.missing()) - {"benchmark"}:
             continue
         if one.base and not store.finished(one.base.folder):
-            cause = f"its base model failed: {failures.get('base ' + one.trial.config.model.name, 'unknown cause')}"
+            cause = f"its base model failed: {failures.get(_base_name(one), 'unknown cause')}"
             failures[one.trial.name] = cause
             _record_failure(folder / one.trial.name, one.trial.name, cluster.Failure(cause, "", None))
             continue
@@ -162,16 +210,19 @@ def _finish(one: Steps, config: Config, folder: Path, here: dict, bars: Bars) ->
     tracking.mirror(one.trial.config, config.sweep.name, target, result)
 
 
-def _write_plan(folder: Path, plan: list[Steps]) -> None:
+def _write_plan(folder: Path, plan: list[Steps], beside: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "sweep": folder.name,
-        "trials": [{"trial": one.trial.name, "overrides": one.trial.overrides} for one in plan],
-    }
-    store.write_json(folder / "plan.json", record)
+    trials = [{"trial": one.trial.name, "overrides": one.trial.overrides} for one in plan]
+    if beside and (folder / "plan.json").is_file():
+        names = [one["trial"] for one in trials]
+        trials = [one for one in read_plan(folder)["trials"] if one["trial"] not in names] + trials
+    store.write_json(folder / "plan.json", {"sweep": folder.name, "trials": trials})
     for one in plan:
         trial = folder / one.trial.name
         trial.mkdir(exist_ok=True)
+        if one.missing() and (trial / "result.json").is_file():
+            # Of another text, model, machine or version: not to be taken for the one that is to come.
+            (trial / "result.json").replace(trial / "result.before.json")
         _write_yaml(trial / "config.yaml", to_record(one.trial.config))
 
 

@@ -52,9 +52,9 @@ def text(value: object) -> str:
 
 
 def dense_of(result: dict, results: list[dict]) -> dict | None:
-    """The dense trial of the same model: the one of the same seed and training tokens where there are several."""
-    rivals = [r for r in results if r.get("policy") == "dense" and r.get("model") == result.get("model")]
-    rivals = [r for r in rivals if number(r, "perplexity") is not None]
+    """The dense trial of the same model, trained and evaluated alike: that of the same seed where there are several."""
+    rivals = [r for r in results if r.get("policy") == "dense" and number(r, "perplexity") is not None]
+    rivals = [r for r in rivals if all(r.get(key) == result.get(key) for key in ("model", "setting"))]
 
     def agreement(rival: dict) -> list[bool]:
         return [rival.get(key) == result.get(key) for key in ("seed", "train_tokens")]
@@ -104,6 +104,7 @@ def rows(results: list[dict]) -> list[dict]:
                 "cache_ratio": ratio(number(result, "cache_bytes"), number(result, "cache_bytes_dense")),
                 "train_tokens": number(result, "train_tokens"),
                 "seed": number(result, "seed"),
+                "setting": result.get("setting"),
             }
         )
     return made
@@ -155,10 +156,11 @@ def cell(row: dict, column: Column) -> str:
 
 
 def is_best(row: dict, column: Column, made: list[dict]) -> bool:
-    """Is this value the lowest of a fair fight: two or more rules, same model, same target, same realised budget?"""
+    """Is this value the lowest of a fair fight: two rules or more, one model and training, target, realised budget?"""
     if not column.judged or row[column.key] is None or row["target"] is None or row["sparsity"] is None:
         return False
-    rivals = [r for r in made if (r["model"], r["target"]) == (row["model"], row["target"]) and r["policy"] != "dense"]
+    alike = [r for r in made if all(r[key] == row[key] for key in ("model", "target", "setting"))]
+    rivals = [r for r in alike if r["policy"] != "dense"]
     spent = [r["sparsity"] for r in rivals]
     if len({r["policy"] for r in rivals}) < 2 or None in spent or max(spent) - min(spent) > SAME_BUDGET:
         return False

@@ -9,4 +9,4 @@ from pipelines.sweep import run_study
 
 def main(config: Config, overrides: list[str]) -> int:
     """The verb: 0 when the trial has a result."""
-    return run_study(config, [Trial(trial_name(config), config, overrides)])
+    return run_study(config, [Trial(trial_name(config), config, overrides)], beside=True)

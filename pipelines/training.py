@@ -77,6 +77,8 @@ def run(
     if plan.pruning.freeze_backbone:
         freeze_backbone(model)
     wrapped = engines.start(model, _groups(model, plan), config.engine, plan.train, world)
+    if teacher is not None:
+        teacher.to(wrapped.device)
     controller = SparsityController(plan.pruning.sparsity) if plan.gated and plan.pruning.sparsity else None
     gamma = controller.gamma if controller else (plan.pruning.gamma or 0.0)
     wrapped.train()

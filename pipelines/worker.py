@@ -24,7 +24,9 @@ from ctxprune.text.token_store import TokenStore, read_tokens
 from ctxprune.text.tokenizer import document_start_id
 from pipelines import store, training
 from pipelines.config import Config, from_record
+from pipelines.machine import device
 from pipelines.models import calibration, from_scratch, policy_for, pretrained
+from pipelines.prepare import text_fingerprint
 
 METRICS = "metrics.jsonl"
 
@@ -90,7 +92,7 @@ def _train(job: Job, config: Config, tokens: TokenStore, staged: Path | None) ->
     # A fresh copy takes the weights: what DeepSpeed made of the live one (partitions, bfloat16) is its own affair.
     final = build(job, config, tokens)
     final.load_state_dict(weights, strict=True)
-    final.eval()
+    final.eval().to(device())
     counts = parameter_counts(final)
     notes: dict[str, Any] = {
         "parameters": counts["backbone"],
@@ -107,9 +109,9 @@ def _train(job: Job, config: Config, tokens: TokenStore, staged: Path | None) ->
             if plan.pruning.sparsity is not None:
                 notes["beta_shift"] = calibrate(final, calibration(config, tokens), plan.pruning.sparsity)
         stored = final.to(torch.bfloat16) if config.engine.dtype == "bfloat16" else final
-        checkpoint.save(
-            stored, staged / "model", tokenizer, config=job.config, tokenizer_fingerprint=tokens.tokenizer_fingerprint
-        )
+        known = {"tokenizer_fingerprint": tokens.tokenizer_fingerprint}
+        known |= {"text_fingerprint": text_fingerprint(Path(job.data))}
+        checkpoint.save(stored, staged / "model", tokenizer, config=job.config, **known)
     notes["seconds"] = time.monotonic() - start
     store.write_json(staged / "training.json", notes)
 
@@ -132,7 +134,7 @@ def _retrofitted(job: Job, config: Config, tokens: TokenStore):
 
 def _evaluate(job: Job, tokens: TokenStore, staged: Path) -> None:
     start, config = time.monotonic(), from_record(job.config)
-    model = checkpoint.load(job.folder / "model")
+    model = checkpoint.load(job.folder / "model", device=device())
     settings = config.evaluate
     batches = list(held_out_batches(tokens.held_out, settings.batch, config.train.context, settings.tokens))
 

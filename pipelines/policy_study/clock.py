@@ -46,6 +46,8 @@ def timed(
     with bars.task("timing (methods)", len(study.tasks) * len(methods) * (len(study.shares) + 1)) as advance:
         for name in study.tasks:
             inputs = jobs.model_inputs(name, study.steps, study.seeds[0], kept[name])
+            if not store.finished(store.folder_of(root, "study-model", inputs)):
+                continue  # it failed, and was said to
             rows = texts.restored(root, inputs["task"]).batch("test", 1, 0, ROWS)
             for share in sorted(study.shares, reverse=True):
                 subjects = _subjects(study, methods, root, inputs, share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figur
         axis.set_title(task, loc="left", fontweight="bold")
         axis.set_xlabel(label)
         axis.set_ylim(-0.02, 1.02)
-        axis.set_xlim(0.0, 1.05 * axis.dataLim.x1)  # one budget alone would be spread over the whole width
+        if math.isfinite(axis.dataLim.x1) and axis.dataLim.x1 > 0.0:
+            axis.set_xlim(0.0, 1.05 * axis.dataLim.x1)  # one budget alone would be spread over the whole width
     axes[0].set_ylabel("questions answered")
     width, height = figure.get_size_inches()
     figure.set_size_inches(width + 2.4, max(height, 0.19 * len(handles) + 1.0))

@@ -18,7 +18,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
     ("method", "<28", lambda row: row["method"]),
     ("decides", "<10", lambda row: row["decides"]),
     ("right", ">6", lambda row: f"{row['right']:.3f}"),
-    ("seeds", ">13", lambda row: f"{row['lowest']:.3f} to {row['highest']:.3f}"),
+    ("seeds", ">13", lambda row: _seeds(row)),
     ("kept", ">6", lambda row: f"{row['kept']:.3f}"),
     ("as dense", ">8", lambda row: _number(row["agreement"])),
     ("precision", ">9", lambda row: _number(row["precision"], 2)),
@@ -56,12 +56,15 @@ def rows(records: list[dict]) -> list[dict]:
     def key(record: dict) -> tuple:
         return record["task"], record["share"], record["method"]
 
+    seeds: dict[str, set[int]] = {}
+    for record in records:
+        seeds.setdefault(record["task"], set()).add(record["seed"])
     found = []
     for (task, share, method), group in groupby(records, key):
         several = list(group)
         row = {"task": task, "share": share, "method": method + ("*" if several[0]["aware"] else "")}
         row |= {name: several[0][name] for name in ("decides", "aware", "adaptive")}
-        row |= {"seeds": len(several), "lowest": min(r["right"] for r in several)}
+        row |= {"seeds": len(several), "of_seeds": len(seeds[task]), "lowest": min(r["right"] for r in several)}
         row |= {"highest": max(r["right"] for r in several), "by_seed": {r["seed"]: r["right"] for r in several}}
         row["kept_worst"] = max((r["kept"] for r in several), key=lambda kept: abs(kept - share))
         for name in ("right", "kept", "agreement", "precision", "recall", "kept_and_difficulty", "taught_in", *CLOCK):
@@ -71,6 +74,11 @@ def rows(records: list[dict]) -> list[dict]:
         row |= {name: several[0][name] for name in ("even_from", "repaid") if name in several[0]}
         found.append(row)
     return found
+
+
+def _seeds(row: dict) -> str:
+    few = f" ({row['seeds']} of {row['of_seeds']} seeds)" if row["seeds"] < row["of_seeds"] else ""
+    return f"{row['lowest']:.3f} to {row['highest']:.3f}{few}"
 
 
 def verdicts(made: list[dict]) -> list[str]:
@@ -124,6 +132,8 @@ def against_constant(made: list[dict]) -> list[str]:
         several = list(group)
         for rival in (row for row in several if row["method"] == CONSTANT):
             for row in (one for one in several if one["decides"] == "reward"):
+                if not differences(row, rival):
+                    continue  # no seed has both
                 if better(row, rival):
                     said = "beats the best constant"
                 elif better(rival, row):

@@ -9,7 +9,15 @@ import torch
 
 import ctxprune
 from ctxprune import UserError
-from ctxprune.budget import SparsityController, calibrate, measure, share_for, strided_for, window_for
+from ctxprune.budget import (
+    SparsityController,
+    calibrate,
+    measure,
+    refuse_out_of_reach,
+    share_for,
+    strided_for,
+    window_for,
+)
 from ctxprune.policies import H2OConfig
 from ctxprune.retrofitting import wrappers
 from ctxprune.text.batches import Batch
@@ -166,6 +174,19 @@ def test_a_budget_that_protected_tokens_exceed_is_refused(solver):
     plan = layout((1, N), None, None, torch.device("cpu"))
     with pytest.raises(UserError, match="drops 95%"):
         solver(0.95, plan, LAYERS, 8, 8)
+
+
+def test_a_target_beyond_what_is_protected_is_refused_before_any_gate_is_trained():
+    """The most that gates can drop, found by closing all of them, is where the refusal begins."""
+    model, batch = gated(sinks=2, recent=3), batches(1)[0]
+    with torch.no_grad():
+        for wrapper in wrappers(model):
+            wrapper.rule.gate.beta.fill_(-1e3)
+    most = measure(model, [batch])
+    documents = layout(batch.position_ids.shape, batch.position_ids, None, batch.position_ids.device)
+    refuse_out_of_reach(most - 1e-6, documents, 2, 3)
+    with pytest.raises(UserError, match=r"sinks=2 and recent=3 protect \d+%"):
+        refuse_out_of_reach(most + 1e-6, documents, 2, 3)
 
 
 def test_a_window_mixes_at_most_two_neighbouring_widths():

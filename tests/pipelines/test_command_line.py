@@ -73,6 +73,8 @@ def raising(error: BaseException):
         (UserError("first\nsecond"), 2, "ctxprune: first\\nsecond\n"),
         (KeyboardInterrupt(), 130, "ctxprune: interrupted; the same command continues\n"),
         (BrokenPipeError(), 141, ""),
+        (PermissionError(13, "Permission denied", "/x"), 2, "ctxprune: /x: Permission denied\n"),
+        (OSError(28, "No space left on device", "/x"), 2, "ctxprune: /x: No space left on device\n"),
     ],
 )
 def test_an_expected_end_has_no_traceback(error, code, expected, here, monkeypatch, capfd):
@@ -81,9 +83,10 @@ def test_an_expected_end_has_no_traceback(error, code, expected, here, monkeypat
     assert capfd.readouterr().err == expected
 
 
-def test_our_own_fault_is_not_swallowed(here, monkeypatch):
-    verb(monkeypatch, raising(RuntimeError("ours")))
-    with pytest.raises(RuntimeError, match="ours"):
+@pytest.mark.parametrize("error", [RuntimeError("ours"), FileNotFoundError(2, "ours", "/x"), OSError("ours")])
+def test_our_own_fault_is_not_swallowed(here, monkeypatch, error):
+    verb(monkeypatch, raising(error))
+    with pytest.raises(type(error), match="ours"):
         __main__.main(["train"])
 
 

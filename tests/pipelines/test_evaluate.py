@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 import ctxprune
+from ctxprune import UserError
+from pipelines import prepare, store
 from pipelines.config import Config, to_record
-from pipelines.evaluate import as_trained
+from pipelines.evaluate import as_trained, refuse_changed
+from pipelines.grid import Trial
+from pipelines.prepare import Corpora, text_fingerprint
+from pipelines.progress import Bars
 from tests.models import gated
 
 
@@ -39,3 +46,33 @@ def test_what_the_command_line_names_is_taken(tmp_path):
 def test_a_model_saved_by_hand_takes_the_defaults(tmp_path):
     ctxprune.save(gated(), tmp_path / "model")
     assert as_trained(Config(), [], tmp_path / "model") == Config()
+
+
+def test_held_out_text_that_a_model_may_have_learned_is_refused(tmp_path):
+    def data(text: str):
+        return store.ensure(tmp_path, "data", {"text": text, "held_out": 0.1}, lambda staged: None)
+
+    then = data("then")
+    ctxprune.save(gated(), tmp_path / "model", text_fingerprint=text_fingerprint(then))
+    refuse_changed(then, tmp_path / "model", [])
+    refuse_changed(data("now"), tmp_path / "model", ["data.path=now.txt"])
+    with pytest.raises(UserError, match="has changed, and it may have learned"):
+        refuse_changed(data("now"), tmp_path / "model", ["train.seed=1"])
+
+
+def test_a_text_is_tokenised_once_for_trials_of_several_contexts(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("one small house by the sea, and another farther on. " * 400)
+    calls, encode = [], prepare.tokenizer.encode_documents
+    monkeypatch.setattr(prepare.tokenizer, "encode_documents", lambda *given: calls.append(1) or encode(*given))
+    trials = []
+    for context in (32, 64):
+        config = Config(runs=str(tmp_path / "runs"))
+        config.data.source, config.data.path, config.data.vocab_size = "files", str(tmp_path / "text.txt"), 300
+        config.train.context = context
+        trials.append(Trial(str(context), config, []))
+    with Bars() as bars:
+        corpora = Corpora(trials, bars)
+        assert len(calls) == 2  # the training text and the held-out one
+        one, other = (corpora.folder(trial.config) for trial in trials)
+    assert one == other and store.finished(one)
+    assert all(corpus.ids is None for corpus in corpora.found.values())

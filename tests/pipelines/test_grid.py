@@ -121,6 +121,8 @@ MISTAKES = [
     ([lines("modle=tiny")], 'no setting "modle"; nearest: model'),
     ([lines("runs=x")], "belongs to the whole sweep"),
     ([lines("experiment=smoke")], "belongs to the whole sweep"),
+    ([lines("cluster.workers=2")], "belongs to the whole sweep"),
+    (["cluster.workers=1,2"], "a sweep has one cluster.workers"),
     (["sweep.name=a,b"], "a sweep has one sweep.name"),
     (["tracking=off,online"], "a sweep has one tracking"),
     (["train.seed=range(0,100)", "train.batch=range(1,100)"], "more than 1000 trials"),

@@ -96,6 +96,14 @@ def test_a_mistake_is_one_line_and_exit_2_and_leaves_nothing(here, capfd, spoil,
     assert sorted(path.name for path in here.rglob("*")) == before
 
 
+@pytest.mark.parametrize("words", [["cluster.cpus_per_worker=1024"], ["cluster.gpus_per_worker=8"]])
+def test_more_than_the_machine_has_is_refused_before_anything_runs(here, capfd, words):
+    before = sorted(path.name for path in here.rglob("*"))
+    assert __main__.main(["sweep", "experiment=smoke", *words]) == 2
+    assert "is more than the" in capfd.readouterr().err
+    assert sorted(path.name for path in here.rglob("*")) == before
+
+
 def test_online_tracking_without_a_key_is_refused_before_anything_runs(here, capfd, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(here))

@@ -39,6 +39,24 @@ def test_with_several_dense_trials_the_one_of_the_same_seed_is_the_reference():
     assert [row["vs_dense"] for row in table.rows(results)] == [1.0, 1.0, 1.5]
 
 
+def test_a_dense_trial_that_was_trained_otherwise_is_no_reference():
+    dense = {"policy": "dense", "target": None}
+    results = [
+        result("slow", **dense, perplexity=20.0, setting="1"),
+        result("fast", **dense, perplexity=10.0, setting="2"),
+        result("l", perplexity=30.0, setting="2"),
+        result("m", perplexity=30.0, setting="3"),
+    ]
+    assert [row["vs_dense"] for row in table.rows(results)] == [1.0, 1.0, 3.0, None]
+    rivals = [
+        result("a", policy=policy, perplexity=value, setting=s)
+        for policy, value, s in (("learned", 9.0, "1"), ("window", 10.0, "1"), ("window", 8.0, "2"))
+    ]
+    made = table.rows(rivals)
+    (judged,) = [column for column in table.columns(made) if column.key == "perplexity"]
+    assert [table.is_best(row, judged, made) for row in made] == [True, False, False]
+
+
 def test_derived_numbers_divide_what_was_measured_together():
     speeds = {"tokens_per_second": 300.0, "tokens_per_second_dense": 200.0, "cache_bytes": 25, "cache_bytes_dense": 100}
     (row,) = table.rows([result("a", perplexity=11.0, perplexity_soft=10.0, **speeds)])

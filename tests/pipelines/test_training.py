@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ctxprune import checkpoint
 from ctxprune.drop_time import drop_times
 from ctxprune.text.token_store import write_tokens
 from ctxprune.text.tokenizer import encode_documents, train_tokenizer
-from pipelines import store, training
-from pipelines.config import Config, ModelConfig, PruningConfig, TrainConfig, to_record
+from pipelines import engine, store, training
+from pipelines.config import Config, EngineConfig, ModelConfig, PruningConfig, TrainConfig, to_record
 from pipelines.models import from_scratch
 from pipelines.worker import Job, work
 
@@ -78,11 +82,15 @@ def job_for(root: Path, corpus: Path, base: Path, **engine) -> Job:
     return Job("train", to_record(config), str(root), str(corpus), str(base), inputs, {"evaluate": True, **engine})
 
 
-def _process(rank: int, world: int, port: int, job: dict) -> None:
+def _group(rank: int, world: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def _process(rank: int, world: int, port: int, job: dict) -> None:
+    _group(rank, world, port)
     work(Job(**job))
     torch.distributed.destroy_process_group()
     # DeepSpeed keeps process groups, so their Gloo threads outlive the line above; one that lets go of a tensor while
@@ -90,16 +98,16 @@ def _process(rank: int, world: int, port: int, job: dict) -> None:
     os._exit(0)
 
 
-def run(job: Job, world: int) -> Path:
-    """The job in `world` fresh processes, as Ray would start them; its folder."""
-    import dataclasses
-    import socket
-
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run(job: Job, world: int) -> Path:
+    """The job in `world` fresh processes, as Ray would start them; its folder."""
     torch.multiprocessing.start_processes(
-        _process, (world, port, dataclasses.asdict(job)), nprocs=world, start_method="spawn"
+        _process, (world, free_port(), dataclasses.asdict(job)), nprocs=world, start_method="spawn"
     )
     return job.folder
 
@@ -130,6 +138,21 @@ def test_bfloat16_trains_and_is_stored_as_bfloat16(tmp_path, corpus, base):
     assert drop_times(model, torch.randint(0, 300, (2, 32))).drop_time.shape == (2, 2, 32)
 
 
+def _start_in_bfloat16(rank: int, port: int, base: str) -> None:
+    _group(rank, 1, port)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = EngineConfig(dtype="bfloat16")
+    wrapped = engine.start(model, [{"params": list(model.parameters())}], settings, TrainConfig(batch=1), 1)
+    assert {p.dtype for p in wrapped.module.parameters()} == {torch.bfloat16}
+    assert {b.dtype for name, b in wrapped.module.named_buffers() if "inv_freq" in name} == {torch.float32}
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_under_bfloat16_positions_are_not_rounded(base):
+    torch.multiprocessing.start_processes(_start_in_bfloat16, (free_port(), str(base)), nprocs=1, start_method="spawn")
+
+
 @pytest.mark.slow
 def test_a_finished_job_is_not_trained_again(alone, corpus, base):
     before = (alone / "model" / "model.safetensors").stat().st_mtime_ns
@@ -149,6 +172,21 @@ def alone_in_a_group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_the_teacher_goes_where_the_model_is(alone_in_a_group, monkeypatch):
+    class Teacher(torch.nn.Module):
+        def to(self, device):
+            self.device = device
+            return self
+
+    wrapped = SimpleNamespace(device="where the model is", train=lambda: None)
+    monkeypatch.setattr(training.engines, "start", lambda *_: wrapped)
+    monkeypatch.setattr(training.engines, "full_weights", lambda *_: None)
+    nothing, teacher = plan(steps=1), Teacher()
+    nothing.steps = 0
+    training.run(torch.nn.Linear(1, 1), teacher, Config(), nothing, None, None)
+    assert teacher.device == "where the model is"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,0 +1,37 @@
+"""What does a study show when some of its models or points failed?"""
+
+from __future__ import annotations
+
+from pipelines.policy_study import clock, page, plots, table
+from pipelines.policy_study.config import StudyConfig
+from pipelines.policy_study.methods import named
+from pipelines.progress import Bars
+
+
+def point(method: str, decides: str, seed: int, **more) -> dict:
+    base = {"task": "recall", "share": 0.25, "method": method, "decides": decides, "seed": seed, "right": 0.5}
+    return dict.fromkeys(page.UNKNOWN) | base | {"adaptive": False, "aware": False, "kept": 0.25} | more
+
+
+def test_a_mean_over_fewer_seeds_than_others_have_says_so():
+    records = [point("H2O", "attention", 0), point("H2O", "attention", 1), point("random", "control", 1)]
+    lines = table.markdown(records).splitlines()
+    (whole,), (part,) = ([line for line in lines if line.startswith(f"| {name} ")] for name in ("H2O", "random"))
+    assert "(1 of 2 seeds)" in part and "seeds)" not in whole
+
+
+def test_ways_that_share_no_seed_are_not_held_against_each_other():
+    records = [point(table.CONSTANT, "attention", 0), point("agent", "reward", 1)]
+    assert table.against_constant(table.rows(records)) == []
+    assert table.against_constant(table.rows([*records, point("agent", "reward", 0)])) != []
+
+
+def test_a_task_whose_first_model_failed_is_not_timed_and_the_rest_of_the_table_stands(tmp_path):
+    study = StudyConfig(tasks=["recall"], seeds=[0], shares=[0.25])
+    with Bars() as bars:
+        assert clock.timed(study, {"recall": None}, named(["random"]), tmp_path, bars) == {}
+
+
+def test_a_task_without_times_has_an_empty_panel_beside_one_that_has_some():
+    timed = point("H2O", "attention", 0, token_of_dense=0.9)
+    assert "answers_vs_time.png" in plots.files([timed, point("H2O", "attention", 0) | {"task": "needle"}])
