@@ -78,7 +78,10 @@ class HiddenScorer(Scorer):
         return self.outer(nn.functional.gelu(self.inner(hidden))).squeeze(-1)
 
     def own(self, new: Arrivals) -> Float[Tensor, "batch n"]:
-        return self(new.hidden)
+        # Like tokens score alike in the first layer but for rounding, which may depend on how many are scored together.
+        # In float64 there is room to round that away; elsewhere who of them stays may depend on it.
+        said = self(new.hidden)
+        return said.float().to(said.dtype)
 
 
 class BlindScorer(HiddenScorer):

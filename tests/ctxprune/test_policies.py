@@ -10,6 +10,8 @@ import torch
 import ctxprune
 from ctxprune import DenseConfig, GateConfig, StridedConfig, UserError, WindowConfig
 from ctxprune.policies import BY_POSITION, from_dict, to_dict
+from ctxprune.policies.hidden_scorer import HiddenScorer
+from ctxprune.policies.scorer import Arrivals
 from ctxprune.retrofitting import wrappers
 from tests.models import LAYERS, disagreement, gated, small_model, tokens
 
@@ -124,3 +126,18 @@ def test_a_refused_policy_leaves_the_model_as_it_was():
             ctxprune.retrofit(model, WindowConfig((4, 4)))
         assert not wrappers(model)
         assert torch.equal(model(ids).logits, before)
+
+
+def test_like_tokens_tie_in_float64_however_many_are_scored_together(monkeypatch):
+    """Products of another shape round otherwise on some processors: here each pass has noise of its own."""
+    draw, forward = torch.Generator().manual_seed(0), HiddenScorer.forward
+
+    def noisy(self, hidden):
+        said = forward(self, hidden)
+        return said * (1 + 1e-15 * torch.randn(said.shape, generator=draw, dtype=said.dtype))
+
+    scorer, alike = HiddenScorer(8, 4).double(), torch.randn(8, dtype=torch.float64).expand(1, 50, 8)
+    keys = torch.zeros(1, 1, 50, 4)
+    monkeypatch.setattr(HiddenScorer, "forward", noisy)
+    assert len(scorer(alike).unique()) > 1
+    assert len(scorer.own(Arrivals(alike, None, torch.arange(50)[None], keys, keys)).unique()) == 1
