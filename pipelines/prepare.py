@@ -53,6 +53,15 @@ class Corpora:
                 known = {one.folder: one for one in self.found.values()}
                 self.found[_key(config)] = _tokenised(text, config, bars, known)
 
+    def check_benchmark(self, config: Config) -> None:
+        """UserError where held-out text is shorter than what a trial's benchmark decodes."""
+        length, there = config.benchmark.prompt + config.benchmark.new_tokens, self.found[_key(config)].tokens[1]
+        if there < length:
+            raise UserError(
+                f"held-out text has {there} tokens, fewer than benchmark.prompt + benchmark.new_tokens = {length}: "
+                "lower one"
+            )
+
     def folder(self, config: Config) -> Path:
         """The tokenised corpus of a trial, written if it is not there yet."""
         corpus = self.found[_key(config)]

@@ -39,6 +39,8 @@ def run_study(config: Config, trials: list[Trial], *, beside: bool = False) -> i
         check_model(asked)
     with Bars() as bars:
         corpora = Corpora(trials, bars)
+        for trial in trials:
+            corpora.check_benchmark(trial.config)
         # Up to here a person's mistake has left no trace; from here on the study owns its folder.
         with store.locked(Path(config.runs) / config.sweep.name):
             failures = _study(config, trials, corpora, bars, beside)

@@ -73,6 +73,11 @@ def test_a_text_is_tokenised_once_for_trials_of_several_contexts(tmp_path, monke
     with Bars() as bars:
         corpora = Corpora(trials, bars)
         assert len(calls) == 2  # the training text and the held-out one
+        trials[0].config.benchmark.prompt = trials[0].config.benchmark.new_tokens = 16
+        corpora.check_benchmark(trials[0].config)
+        trials[0].config.benchmark.prompt = 10**5
+        with pytest.raises(UserError, match=r"held-out text has \d+ tokens, fewer than benchmark.prompt"):
+            corpora.check_benchmark(trials[0].config)
         one, other = (corpora.folder(trial.config) for trial in trials)
     assert one == other and store.finished(one)
     assert all(corpus.ids is None for corpus in corpora.found.values())
