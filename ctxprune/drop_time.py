@@ -81,7 +81,7 @@ def forward_with_drop_times(
 ) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
     """Drop times and logits of one pass under the step function; inputs as for drop_times."""
     state = state_of(model)
-    state.record, state.prompt = {}, prompt
+    state.record, state.prompt = {}, None if prompt is None else prompt.to(input_ids.device)
     try:
         with mode(model, "hard"):
             logits = model(input_ids, use_cache=False, **inputs).logits

@@ -113,6 +113,10 @@ def _refuse_unsupported(model: PreTrainedModel, places: list) -> None:
         reason = "it caps its attention logits"
     elif any(getattr(getattr(layer, name), "sinks", None) is not None for layer, name in places):
         reason = "its attention has learned sink logits"
+    elif any(not weight.is_floating_point() or weight.element_size() < 2 for weight in model.parameters()):
+        reason = "its weights are quantised; load them in 16 bits or more"
+    elif len(devices := sorted({str(weight.device) for weight in model.parameters()})) > 1:
+        reason = f"its weights are on {', '.join(devices)}; load it on one device"
     elif getattr(config, "reorder_and_upcast_attn", False):
         reason = "reorder_and_upcast_attn bypasses the attention interface; load it with that set to False"
     else:

@@ -107,6 +107,8 @@ def _layers(model: PreTrainedModel) -> tuple[nn.ModuleList, bool]:
         reason = "its layers do not hold one attention each, all causal or none"
     elif any(getattr(config, name, None) for name in NOT_SEPARABLE):
         reason = "it caps its attention logits"
+    elif len({parameter.device for parameter in model.parameters()}) > 1:
+        reason = "its weights are on several devices; load it on one"
     elif getattr(config, "layerdrop", 0.0):
         reason = "layerdrop skips layers in training; load it with layerdrop=0"
     elif config._attn_implementation != "sdpa":

@@ -185,6 +185,8 @@ class PrunedLayer(nn.Module):
             raise UserError(
                 f"attention became {self.told._attn_implementation!r} after prune_hidden: load the model again"
             )
+        if getattr(cache, "offloading", False):
+            raise UserError("an offloaded cache holds keys elsewhere: pass a plain DynamicCache or use_cache=False")
         if cache is not None and not isinstance(cache, DynamicCache):
             raise UserError(
                 f"a {type(cache).__name__} holds as many keys in every layer: pass a DynamicCache or use_cache=False"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +33,6 @@ class KeyNormScorer(Scorer):
         self.low, self.apart = low, apart
 
     def own(self, new: Arrivals) -> Float[Tensor, "batch *kv_heads n"]:
-        norm = new.keys.norm(dim=-1)
+        norm = new.keys.norm(dim=-1, dtype=torch.promote_types(new.keys.dtype, torch.float32))
         norm = norm if self.apart else norm.mean(1)
         return -norm if self.low else norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -29,6 +30,6 @@ class KeyDiffScorer(Scorer):
     looks_at_keys = True
 
     def score(self, seen: Signals) -> Float[Tensor, "rows keys"]:
-        alive = seen.alive[:, None, :, None]
-        mean = normalize(seen.keys, dim=-1).masked_fill(~alive, 0.0).sum(2, keepdim=True)
-        return -cosine_similarity(seen.keys, mean, dim=-1).mean(1)
+        alive, keys = seen.alive[:, None, :, None], seen.keys.to(torch.promote_types(seen.keys.dtype, torch.float32))
+        mean = normalize(keys, dim=-1).masked_fill(~alive, 0.0).sum(2, keepdim=True)
+        return -cosine_similarity(keys, mean, dim=-1).mean(1)

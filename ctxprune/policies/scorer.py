@@ -64,10 +64,9 @@ class Signals:
 def attention(query: Tensor, key: Tensor, seen: Tensor, scale: float) -> Tensor:
     """Probabilities (rows, heads, queries, keys) over the keys that each query has seen, 0 for one that saw none."""
     rows, heads, n, width = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, n, width)
-    logits = (grouped @ key[:, :, None].transpose(-1, -2)).reshape(rows, heads, n, -1) * scale
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # eight bits tie what should be ranked
+    wide = torch.promote_types(query.dtype, torch.float32)  # eight bits tie what should be ranked
+    grouped = query.to(wide).reshape(rows, key.shape[1], -1, n, width)
+    logits = (grouped @ key.to(wide)[:, :, None].transpose(-1, -2)).reshape(rows, heads, n, -1) * scale
     return torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
 
 

@@ -40,7 +40,7 @@ def teach_budgets(
     """Teach the networks of a model whose policy is `bandit`. protected, recent: first and last tokens of the context
     that are never dropped. progress(step, mean reward, mean share kept)."""
     scorers, draw = _choosers(model), torch.Generator().manual_seed(config.seed)
-    rows = task.batch("train", config.seed, 0, MET)
+    rows = task.batch("train", config.seed, 0, MET).to(next(model.parameters()).device)
     for scorer, hidden in zip(scorers, read(model, rows.input_ids[:, : rows.end]).hidden, strict=True):
         scorer.meet(hidden)
 
@@ -74,7 +74,8 @@ def drawn(
 ) -> Int[Tensor, "layers tries batch"]:
     """Which budget each try has."""
     layers, batch, _ = liked.shape
-    found = torch.multinomial(liked.float().softmax(-1).flatten(0, 1), tries, replacement=True, generator=draw)
+    odds = liked.float().softmax(-1).flatten(0, 1).cpu()  # where the generator is
+    found = torch.multinomial(odds, tries, replacement=True, generator=draw).to(liked.device)
     return found.view(layers, batch, tries).transpose(1, 2)
 
 
@@ -83,8 +84,10 @@ def kept(
 ) -> Bool[Tensor, "tries batch n"]:
     """The keys that stay under these budgets."""
     order = youngest_first(received(context, layer))
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
-    length = torch.full(arm.shape[1:], order.shape[1])
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    length = torch.full(arm.shape[1:], order.shape[1], device=arm.device)
     count = scorer.keys(length).expand(len(arm), -1, -1).gather(-1, arm[..., None])
     return rank < count
 

@@ -124,7 +124,7 @@ def learn_to_evict(
         done = step / how.steps
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / _WARM_UP, (1.0 - done) / _DECAY)
-        rows = task.batch("train", how.seed, step, how.rows)
+        rows = task.batch("train", how.seed, step, how.rows).to(next(model.parameters()).device)
         with torch.enable_grad():
             said, kept = relaxed(model, rows, how.temperature, noise)
             lost = (1.0 - how.distillation) * next_token_loss(said, rows.answers)

@@ -33,7 +33,7 @@ class _Edges:
 
     def losses(self, gradient: Tensor) -> Tensor:
         """(batch, heads, n, keys): what the sum of the predictions loses with each edge."""
-        shares, first = self.shares, self.shares.argmax(-1, keepdim=True)
+        shares, first, gradient = self.shares, self.shares.argmax(-1, keepdim=True), gradient.to(self.shares.dtype)
         along = (gradient * self.output).sum(-1, keepdim=True)
         # The first key's own share may be all there is: its loss is set below.
         odds = shares / (1.0 - shares.scatter(-1, first, 0.0))
@@ -54,6 +54,7 @@ class _Watched(Resuming):
             keys, each = torch.cat([self.keys, key], 2), query.shape[1] // key.shape[1]
             values = torch.cat([self.values, value], 2).repeat_interleave(each, 1)
             shares = attention(query, keys, seen, scale)
+            values = values.to(shares.dtype)
             others = seen.expand(shares.shape).scatter(-1, shares.argmax(-1, keepdim=True), False)
             # A query that sees one key only has nothing without it.
             without = attention(query, keys, others, scale) @ values

@@ -18,7 +18,7 @@ from torch import Tensor
 import kernels
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.errors import UserError
-from ctxprune.replay import read
+from ctxprune.replay import Context, read
 from kernels.decode.pages import NEVER
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -55,7 +55,7 @@ class LatencyTable:
         """Time of a token over these shares of the context, all layers together, as a share of that over all of it: the
         `cost` of ctxprune.teachers.reward."""
         whole = self.predict(torch.full((len(shares), 1), float(self.length)))
-        return (self.predict(shares * self.length).sum(0) / whole.sum()).to(shares.dtype)
+        return (self.predict(shares * self.length).sum(0) / whole.sum()).to(shares)
 
 
 def measure(model, length: int, *, rows: int = 16, repeats: int = 15) -> LatencyTable:
@@ -63,7 +63,7 @@ def measure(model, length: int, *, rows: int = 16, repeats: int = 15) -> Latency
     if length < 8:
         raise UserError(f"length is {length}: give at least 8 tokens, below that no difference can be timed")
     keys = torch.tensor(sorted({max(1, round(share * length)) for share in SHARES}))
-    layers = read(model, torch.zeros(1, 2, dtype=torch.long)).layers
+    layers = _two_tokens(model).layers
     found = attention_ms(model, keys[:, None, None].expand(-1, layers, rows), repeats=repeats)
     return LatencyTable(keys.double(), torch.stack([isotonic(times) for times in found.T]), length)
 
@@ -72,7 +72,7 @@ def measure(model, length: int, *, rows: int = 16, repeats: int = 15) -> Latency
 def attention_ms(model, kept: Int[Tensor, "cases layers rows"], *, repeats: int = 15) -> Float[Tensor, "cases layers"]:
     """Measured: ms of each layer's attention of one token for a batch whose sequences hold these many keys. The median
     of `repeats`, cases and layers in turn, so that a machine that slows down does so for all of them."""
-    shapes = read(model, torch.zeros(1, 2, dtype=torch.long))
+    shapes = _two_tokens(model)
     steps = [
         [_Step.of(shapes.queries[layer], shapes.keys[layer], held) for layer, held in enumerate(case)] for case in kept
     ]
@@ -95,6 +95,10 @@ def isotonic(times: Float[Tensor, " points"] | Sequence[float]) -> Float[Tensor,
             (first, many), (second, more) = blocks[-2:]
             blocks[-2:] = [((first * many + second * more) / (many + more), many + more)]
     return torch.tensor([value for value, many in blocks for _ in range(many)], dtype=torch.float64)
+
+
+def _two_tokens(model) -> Context:
+    return read(model, torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
 
 
 @dataclass
@@ -137,5 +141,5 @@ class _Step:
             )
             self.next += 1
         if self.token[0].is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.token[0].device)
         return 1e3 * (time.perf_counter() - start) / TOKENS

@@ -124,7 +124,7 @@ def by_reward(
     refuse_coarse(parameters)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     for step in range(config.steps):
-        rows = task.batch("train", config.seed, step, config.rows)
+        rows = task.batch("train", config.seed, step, config.rows).to(next(model.parameters()).device)
         context = read(model, rows.input_ids[:, : rows.end])
         with torch.enable_grad():
             keep, chance = act(context)
@@ -152,9 +152,11 @@ def rewards(
 ) -> tuple[Float[Tensor, "tries batch"], Float[Tensor, "tries batch"]]:
     """Reward of each try at each row, and the share of the context that it kept, mean over layers."""
     _layers, tries, batch, length = keep.shape
-    row = torch.arange(batch).repeat(tries)
+    row = torch.arange(batch, device=keep.device).repeat(tries)
     bias = [
-        torch.zeros(tries * batch, 1, 1, length).masked_fill(~one.flatten(0, 1)[:, None, None], -torch.inf)
+        torch.zeros(tries * batch, 1, 1, length, device=keep.device).masked_fill(
+            ~one.flatten(0, 1)[:, None, None], -torch.inf
+        )
         for one in keep
     ]
     said = resume(model, context, rows.input_ids[row, length:], bias, row)
@@ -165,7 +167,7 @@ def rewards(
 
 def _draw(odds: Tensor, tries: int, generator: torch.Generator) -> Bool[Tensor, "layers tries batch n"]:
     shape = (odds.shape[0], tries, *odds.shape[1:])
-    return torch.rand(shape, generator=generator) < odds.sigmoid()[:, None]
+    return torch.rand(shape, generator=generator).to(odds.device) < odds.sigmoid()[:, None]
 
 
 def _what_follows(rows: TaskBatch, row: Int[Tensor, " many"], length: int) -> TaskBatch:

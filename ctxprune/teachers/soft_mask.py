@@ -69,7 +69,8 @@ def soften(
     progress(step, loss of the answers in nats, share of the mask)."""
     scorers = [_teachable(wrapper) for wrapper in wrappers(model)]
     refuse_coarse(p for scorer in scorers for p in scorer.parameters())
-    rows = task.batch("train", config.seed, 0, config.rows)
+    device = next(model.parameters()).device
+    rows = task.batch("train", config.seed, 0, config.rows).to(device)
     with torch.no_grad():
         spread = [float(score.std()) for score in softened(scorers, _context(model, rows))]
     thresholds = [isinstance(scorer, LTPScorer) for scorer in scorers]
@@ -80,7 +81,7 @@ def soften(
     ]
     optimizer = torch.optim.Adam(groups)
     for step in range(config.steps):
-        rows = task.batch("train", config.seed, step, config.rows)
+        rows = task.batch("train", config.seed, step, config.rows).to(device)
         context = _context(model, rows)
         with torch.enable_grad():
             logs = [logsigmoid(score / unit) for score, unit in zip(softened(scorers, context), units, strict=True)]

@@ -109,9 +109,10 @@ def attend(query: Tensor, pages: Pages, order: Order, seen: Tensor, scale: float
         return (out if order.in_order else torch.empty_like(out).index_copy_(0, order.row, out)).to(query.dtype)
     kv_heads, n, work = keys.shape[1], query.shape[2], torch.promote_types(query.dtype, keys.dtype)
     exact = torch.promote_types(work, torch.float32)
-    grouped = (query.to(work) * scale).unflatten(1, (kv_heads, -1))
+    # In 16 bits a logit of 50 would be off by an eighth.
+    grouped = (query.to(exact) * scale).unflatten(1, (kv_heads, -1))
     heads = grouped.shape[1:3]
-    logits = torch.matmul(order.of_pages(grouped).flatten(2, 3), keys.to(work).transpose(2, 3)).to(exact)
+    logits = torch.matmul(order.of_pages(grouped).flatten(2, 3), keys.to(exact).transpose(2, 3))
     logits = logits.unflatten(2, (-1, n)).masked_fill_(~seen[:, None, None], -torch.inf)
     # Softmax over all pages of a row: its largest logit, the sum of the weights, the weighted values.
     top, row = logits.amax(-1), order.row.view(-1, 1, 1, 1).expand(logits.shape[:4])

@@ -11,7 +11,9 @@ import ctxprune
 from ctxprune import DenseConfig, GateConfig, StridedConfig, UserError, WindowConfig
 from ctxprune.policies import BY_POSITION, from_dict, to_dict
 from ctxprune.policies.hidden_scorer import HiddenScorer
-from ctxprune.policies.scorer import Arrivals
+from ctxprune.policies.key_norm import KeyNormScorer
+from ctxprune.policies.keydiff import KeyDiffScorer
+from ctxprune.policies.scorer import Arrivals, Signals, attention
 from ctxprune.retrofitting import wrappers
 from tests.models import LAYERS, disagreement, gated, small_model, tokens
 
@@ -141,3 +143,20 @@ def test_like_tokens_tie_in_float64_however_many_are_scored_together(monkeypatch
     monkeypatch.setattr(HiddenScorer, "forward", noisy)
     assert len(scorer(alike).unique()) > 1
     assert len(scorer.own(Arrivals(alike, None, torch.arange(50)[None], keys, keys)).unique()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_ranks_keys_is_computed_in_float32(dtype):
+    """Of numbers rounded to 16 bits, but in 32: eight bits tie what should be ranked, and float16 ends at 65,504."""
+    draw = torch.Generator().manual_seed(0)
+    query, key = (100 * torch.randn(2, 2, n, 8, generator=draw).to(dtype) for n in (3, 9))
+    seen = torch.ones(2, 1, 3, 9, dtype=torch.bool)
+    assert torch.equal(attention(query, key, seen, 0.01), attention(query.float(), key.float(), seen, 0.01))
+    position = torch.arange(9).expand(2, 9)
+    new, exact = (Arrivals(torch.zeros(2, 9, 4), None, position, k, k) for k in (key, key.float()))
+    norms = KeyNormScorer(low=True, apart=False)
+    assert torch.equal(norms.own(new), norms.own(exact))
+    alive, now, none = torch.ones(2, 9, dtype=torch.bool), torch.full((2,), 8), torch.zeros(2, 9)
+    asked, when = torch.zeros(2, 2, 0, 8), torch.zeros(2, 0, dtype=torch.long)
+    one, other = (Signals(position, alive, now, k, k, asked.to(k), when, none, none, 1.0) for k in (key, key.float()))
+    assert torch.equal(KeyDiffScorer().score(one), KeyDiffScorer().score(other))

@@ -19,7 +19,17 @@ from ctxprune.retrofitting import (
 )
 from tests.models import FAMILIES, GPT2, GROUPED, LAYERS, VOCAB, gated, open_gates, small_model, tokens
 
+
+def with_head(weight):
+    """A Llama whose head has other weights."""
+    model = small_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return model
+
+
 REFUSED = {
+    "llama": (lambda: with_head(torch.zeros(VOCAB, 32, dtype=torch.int8)), "weights are quantised"),
+    "llama.": (lambda: with_head(torch.zeros(VOCAB, 32, device="meta")), "on cpu, meta; load it on one device"),
     "bloom": (
         lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)),
         "attention interface",
@@ -80,7 +90,7 @@ def test_padding_on_the_left_changes_no_real_token(family):
 def test_what_cannot_be_wrapped_is_refused_in_one_line_that_names_the_family(family):
     build, reason = REFUSED[family]
     model = build()
-    with pytest.raises(UserError, match=f"'{family}'.*{reason}") as caught:
+    with pytest.raises(UserError, match=f"'{family.rstrip('.')}'.*{reason}") as caught:
         ctxprune.retrofit(model, GateConfig(rank=4))
     assert "\n" not in str(caught.value)
     assert not wrappers(model)

@@ -9,7 +9,7 @@ import ctxprune
 from ctxprune import Alarm, PrunedCache, UserError, generate
 from ctxprune.cache.cold_store import COLD_PAGE, ColdStore, archive
 from ctxprune.cache.layer_cache import LayerCache
-from ctxprune.cache.revival import bounds, live_mass
+from ctxprune.cache.revival import attend_again, bounds, live_mass
 from kernels.decode.pages import NEVER
 from tests.models import LAYERS, gated, small_model, tokens
 
@@ -82,14 +82,15 @@ def test_nothing_is_lost_on_the_way():
     assert alarm.revived > 0
 
 
-def stores(seed: int) -> tuple[LayerCache, ColdStore, torch.Tensor]:
-    """Two rows of 60 keys, the first 45 of which are dropped; queries of four heads."""
+def stores(seed: int, dtype=torch.float64, rounded=torch.float64) -> tuple[LayerCache, ColdStore, torch.Tensor]:
+    """Two rows of 60 keys, the first 45 of which are dropped; queries of four heads. rounded: what numbers are rounded
+    to before they are of the dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(rounded).to(dtype)
 
-    hot = LayerCache(2, kv_heads=2, width=8, rank=None, dtype=torch.float64)
+    hot = LayerCache(2, kv_heads=2, width=8, rank=None, page=16, dtype=dtype)
     hot.make_room_for(torch.tensor([60, 60]))
     step = torch.arange(60, dtype=torch.int32).expand(2, 60)
     times = torch.where(step < 45, step + 5, NEVER)
@@ -124,6 +125,20 @@ def test_twin_sketches_that_are_not_renewed_are_caught(monkeypatch):
     monkeypatch.setattr(ColdStore, "sketch", lambda cold, pages: original(cold, pages[:1]))
     with pytest.raises(AssertionError):
         test_sketches_bound_what_is_in_their_pages_from_above(0)
+
+
+def test_in_bfloat16_only_what_is_stored_is_rounded():
+    """Logits of 50 would be off by an eighth, and a sum of shares would stop at a half."""
+    step, found = torch.tensor([59, 59], dtype=torch.int32), []
+    for dtype in (torch.bfloat16, torch.float32):
+        hot, cold, query = stores(0, dtype, torch.bfloat16)
+        query, exact = 8 * query, attend_again(hot, 8 * query, step, 1.0).float()
+        mass = live_mass(hot, query, step, 1.0)
+        archive(hot, cold, step)
+        found.append((exact, mass, bounds(cold, query, 1.0)[0]))
+    (output, mass, bound), (exact, exact_mass, exact_bound) = found
+    assert torch.equal(bound, exact_bound) and torch.equal(mass, exact_mass)
+    torch.testing.assert_close(output, exact, atol=0.02, rtol=0.0)
 
 
 def test_the_living_mass_is_the_softmaxs_own():

@@ -257,3 +257,13 @@ def test_padding_is_not_read_as_text(config, teach):
 def test_numbers_too_coarse_to_move_are_not_taught(config, teach):
     with pytest.raises(UserError, match=r"bfloat16.*model\.float\(\)"):
         teach(recaller(config).bfloat16(), TASK)
+
+
+def test_gradients_of_edges_are_computed_in_float32_where_a_model_is_in_16_bits():
+    exact, model = small(DenseConfig()), small(DenseConfig()).bfloat16()
+    ids = tokens(2, N)
+    found, wanted = (
+        edge_gradients(one, read(one, ids[:, :CONTEXT]), ids[:, CONTEXT:], signed=True) for one in (model, exact)
+    )
+    assert found.dtype == torch.float32
+    assert spearman(found[0, 0], wanted[0, 0]) > 0.9
