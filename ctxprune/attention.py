@@ -93,11 +93,9 @@ class PrunedAttention(nn.Module):
                 "over a cache, or take when=step"
             )
         column = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        clock = (
-            column
-            if padding is None
-            else column.masked_fill(~padding[:, -hidden.shape[1] :].to(column.device).bool(), -1)
-        )
+        clock = column
+        if padding is not None:
+            clock = column.masked_fill(~padding[:, -hidden.shape[1] :].to(column.device).bool(), -1)
         protected = position < state.policy.sinks
         return Ranked(
             ranking, hidden, state.ids, position, clock, end, protected, state.prompt, state.decisions,

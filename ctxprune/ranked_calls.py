@@ -12,10 +12,11 @@ from torch import Tensor
 
 import kernels
 from ctxprune.cache.pruned_cache import SPARE, PrunedCache
-from ctxprune.cache.watched_layer import Known, WatchedLayer, precision
+from ctxprune.cache.watched_layer import Known, WatchedLayer
 from ctxprune.errors import UserError
 from ctxprune.policies.rule import Ranking
 from ctxprune.policies.scorer import Arrivals
+from ctxprune.precision import exact
 from ctxprune.ranking import Table, at_prompt_end, by_step, on_arrival
 from kernels.decode.pages import NEVER
 
@@ -90,7 +91,7 @@ class Ranked:
         own = scorer.own(Arrivals(self.hidden, self.ids, self.position, key, value))
         query, key, value = (_apart(tensor, heads) for tensor in (query, key, value))
         rows, n = len(key), key.shape[2]
-        number = precision(key)
+        number = exact(key.dtype)
         if own is None:
             own = torch.zeros(rows, n, dtype=number, device=key.device)
         elif own.ndim == 2:

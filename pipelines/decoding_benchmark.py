@@ -20,17 +20,9 @@ from pipelines.progress import Bars
 from pipelines.study import Steps
 
 
-def run_benchmarks(
-    ready: list[Steps], bars: Bars, ended: Callable[[Steps, Exception | None], None] = lambda one, error: None
-) -> None:
-    """Benchmark every trained trial that has none yet, one at a time; one failure stops no other. ended(trial, error)
-    after each, finished ones too."""
-    todo = []
-    for one in ready:
-        if store.finished(one.benchmark):
-            ended(one, None)
-        else:
-            todo.append(one)
+def run_benchmarks(ready: list[Steps], bars: Bars, failed: Callable[[Steps, Exception], None]) -> None:
+    """Benchmark every trained trial that has none yet, one at a time; one failure stops no other."""
+    todo = [one for one in ready if not store.finished(one.benchmark)]
     if not todo:
         return
     with bars.task("benchmarks", len(todo)) as advance:
@@ -40,9 +32,7 @@ def run_benchmarks(
             try:
                 store.ensure(root, "benchmark", one.benchmark_inputs, lambda staged, one=one: _one(one, staged))
             except Exception as error:  # out of memory, or anything else: the others' results are still to come
-                ended(one, error)
-            else:
-                ended(one, None)
+                failed(one, error)
             advance(done + 1)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import Config
+from pipelines.machine import cores
 from pipelines.output import emit
 
 # Left-over of a killed compilation: torch's FileBaton waits for this file to go away (pytorch#190543).
@@ -172,8 +173,7 @@ def disk(runs: Path) -> Iterator[Finding]:
 
 def machine() -> Iterator[Finding]:
     """Cores this process may use, and memory that is free now."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("cores", "ok", f"{cores}, so {cores} workers at a time")
+    yield Finding("cores", "ok", f"{cores()}, so {cores()} workers at a time")
     import psutil
 
     memory = psutil.virtual_memory()

@@ -44,13 +44,18 @@ def as_trained(config: Config, overrides: list[str], folder: Path) -> Config:
     own = checkpoint.read_pruning(folder).get("config")
     named = {word.partition("=")[0] for word in overrides}
     changes: dict[str, Any] = {}
-    if own and not any(name.split(".")[0] == "data" for name in named):
+    if own and not names_data(overrides):
         changes["data"] = type(config.data)(**own["data"])
     if own and "train.context" not in named:
         changes["train"] = dataclasses.replace(config.train, context=own["train"]["context"])
     config = dataclasses.replace(config, **changes)
     contexts = [c for c in config.evaluate.contexts if c <= config.train.context]
     return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, contexts=contexts))
+
+
+def names_data(overrides: list[str]) -> bool:
+    """Whether the command line says which text is meant."""
+    return any(word.partition("=")[0].split(".")[0] == "data" for word in overrides)
 
 
 def corpus_for(config: Config, folder: Path, bars: Bars) -> Path:
@@ -71,9 +76,7 @@ def refuse_changed(data: Path, folder: Path, overrides: list[str]) -> None:
     """UserError where a model would be judged on its own data, which is not what it was: of another text other
     documents are held out, and it may have learned them. Nothing for text that the command line names."""
     trained_on = checkpoint.read_pruning(folder).get("text_fingerprint")
-    if any(word.split("=")[0].split(".")[0] == "data" for word in overrides):
-        return
-    if trained_on is not None and trained_on != text_fingerprint(data):
+    if not names_data(overrides) and trained_on is not None and trained_on != text_fingerprint(data):
         raise UserError(
             f"the text that {folder} was trained on has changed, and it may have learned what is held out now: "
             "restore it, or name what to judge on, e.g. data.path=FILE"

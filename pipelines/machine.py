@@ -10,6 +10,11 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb", "triton", "kvpress")
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, object]:
     """Processor, cores usable by this process, memory in GB, GPU if any, system."""
     import torch
@@ -17,7 +22,7 @@ def machine() -> dict[str, object]:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",

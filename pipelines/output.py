@@ -58,3 +58,9 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def said(error: Exception) -> str:
+    """What somebody else's code said when it failed, on one line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"failed here: {type(error).__name__}: {first[:160]}"

@@ -18,6 +18,7 @@ from ctxprune.retrofitting import retrofit
 from ctxprune.text.tokenizer import load_tokenizer
 from pipelines.cluster import fitting
 from pipelines.config import ClusterConfig, Config, TrackingConfig
+from pipelines.machine import cores
 
 
 def check_model(config: Config) -> None:
@@ -51,7 +52,7 @@ def check_model(config: Config) -> None:
 def check_cluster(cluster: ClusterConfig) -> None:
     """UserError for a job that needs more than this machine has; another cluster says what it has when it is joined."""
     if cluster.address is None:
-        fitting(cluster, os.cpu_count() or 1, torch.cuda.device_count())
+        fitting(cluster, cores(), torch.cuda.device_count())
 
 
 def check_tracking(tracking: TrackingConfig) -> None:

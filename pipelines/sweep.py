@@ -69,20 +69,19 @@ def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars, be
     if any(set(one.missing()) - {"benchmark"} for one in todo):
         with cluster.connected(config.cluster):
             _run(_base_jobs(todo), config, folder, bars, failures)
-            first, rest = waves(_trial_jobs(todo, failures, folder))
+            first, rest = waves(_trial_jobs(todo, failures, folder, bars))
             _run(first, config, folder, bars, failures)
-            _run(_trained(rest, first, failures, folder), config, folder, bars, failures)
+            _run(_trained(rest, first, failures, folder, bars), config, folder, bars, failures)
 
-    def ended(one: Steps, error: Exception | None) -> None:
-        if error is None:
+    def failed(one: Steps, error: Exception) -> None:
+        cause = f"its benchmark failed: {type(error).__name__}: {error}".splitlines()[0]
+        told = "".join(traceback.format_exception(error))
+        _fail(one.trial.name, cluster.Failure(cause, told, None), folder, bars, failures)
+
+    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], bars, failed)
+    for one in plan:
+        if not one.missing():
             _finish(one, config, folder, here, bars)
-            return
-        name, cause = one.trial.name, f"its benchmark failed: {type(error).__name__}: {error}".splitlines()[0]
-        failures[name] = cause
-        bars.say(f"  FAILED  {name}: {cause}")
-        _record_failure(folder / name, name, cluster.Failure(cause, "".join(traceback.format_exception(error)), None))
-
-    run_benchmarks([one for one in plan if not set(one.missing()) - {"benchmark"}], bars, ended)
     return failures
 
 
@@ -95,7 +94,7 @@ def waves(jobs: list) -> tuple[list, list]:
     return together, [one for one, leading in zip(jobs, leads, strict=True) if not leading]
 
 
-def _trained(jobs: list, before: list, failures: dict[str, str], folder: Path) -> list:
+def _trained(jobs: list, before: list, failures: dict[str, str], folder: Path, bars: Bars) -> list:
     """Those of the jobs whose training is there now; the others are reported. before: the jobs that were to train."""
     ready, first = [], {job.folder: name for name, job in before}
     for name, job in jobs:
@@ -103,8 +102,7 @@ def _trained(jobs: list, before: list, failures: dict[str, str], folder: Path) -
             ready.append((name, job))
             continue
         cause = f"{first[job.folder]}, which trains for it, failed: {failures.get(first[job.folder], 'unknown cause')}"
-        failures[name] = cause
-        _record_failure(folder / name, name, cluster.Failure(cause, "", None))
+        _fail(name, cluster.Failure(cause, "", None), folder, bars, failures)
     return ready
 
 
@@ -131,7 +129,7 @@ def _base_name(one: Steps) -> str:
     return f"base {one.trial.config.model.name} {one.base.folder.name[-8:]}"
 
 
-def _trial_jobs(todo: list[Steps], failures: dict[str, str], folder: Path) -> list:
+def _trial_jobs(todo: list[Steps], failures: dict[str, str], folder: Path, bars: Bars) -> list:
     """The trials still to be trained or evaluated; those whose base model failed are reported and left out."""
     jobs = []
     for one in _largest_first(todo):
@@ -139,8 +137,7 @@ def _trial_jobs(todo: list[Steps], failures: dict[str, str], folder: Path) -> li
             continue
         if one.base and not store.finished(one.base.folder):
             cause = f"its base model failed: {failures.get(_base_name(one), 'unknown cause')}"
-            failures[one.trial.name] = cause
-            _record_failure(folder / one.trial.name, one.trial.name, cluster.Failure(cause, "", None))
+            _fail(one.trial.name, cluster.Failure(cause, "", None), folder, bars, failures)
             continue
         jobs.append((one.trial.name, one.job))
     return jobs
@@ -179,9 +176,7 @@ def _run(jobs: list, config: Config, folder: Path, bars: Bars, failures: dict[st
             if failure is None:
                 bars.say(f"  done    {name}")
                 return
-            failures[name] = failure.cause
-            bars.say(f"  FAILED  {name}: {failure.cause}")
-            _record_failure(folder / name.replace(" ", "-"), name, failure)
+            _fail(name, failure, folder, bars, failures)
 
         cluster.run_jobs(jobs, config.cluster, watch, ended)
 
@@ -191,7 +186,11 @@ def _steps_of(job) -> int:
     return train["base_steps"] if job.kind == "base" else train["steps"]
 
 
-def _record_failure(folder: Path, name: str, failure: cluster.Failure) -> None:
+def _fail(name: str, failure: cluster.Failure, sweep: Path, bars: Bars, failures: dict[str, str]) -> None:
+    """Say that a trial or a base model failed, and leave its cause where the report looks for it."""
+    failures[name] = failure.cause
+    bars.say(f"  FAILED  {name}: {failure.cause}")
+    folder = sweep / name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "failure.log"
     log.write_text(failure.traceback)

@@ -75,7 +75,7 @@ def rows(results: list[dict]) -> list[dict]:
     the same process, `cache_ratio` by the dense cache; `soft_gap` is how far perplexity under the step function lies
     above perplexity under the soft gates of training (0.01 = 1 %).
     """
-    longest = longest_context(results)
+    longest, set_ups = longest_context(results), _set_ups(results)
     made = []
     for result in results:
         perplexity, dense = number(result, "perplexity"), dense_of(result, results)
@@ -85,7 +85,7 @@ def rows(results: list[dict]) -> list[dict]:
         made.append(
             {
                 "trial": result.get("trial"),
-                "model": result.get("model"),
+                "model": _model(result, set_ups),
                 "policy": result.get("policy"),
                 "target": number(result, "sparsity_target"),
                 "sparsity": number(result, "sparsity"),
@@ -104,10 +104,29 @@ def rows(results: list[dict]) -> list[dict]:
                 "cache_ratio": ratio(number(result, "cache_bytes"), number(result, "cache_bytes_dense")),
                 "train_tokens": number(result, "train_tokens"),
                 "seed": number(result, "seed"),
-                "setting": result.get("setting"),
+                "set_up": _set_up(result, set_ups),
             }
         )
     return made
+
+
+def _set_ups(results: list[dict]) -> dict[object, set]:
+    """By model, what its trials were trained and evaluated with; see study.setting."""
+    found: dict[object, set] = {}
+    for result in results:
+        found.setdefault(result.get("model"), set()).add(result.get("setting"))
+    return found
+
+
+def _set_up(result: dict, set_ups: dict[object, set]) -> str | None:
+    """What tells trials of one model apart that may not be held against each other; None where all of them may."""
+    return str(result.get("setting"))[:6] if len(set_ups[result.get("model")]) > 1 else None
+
+
+def _model(result: dict, set_ups: dict[object, set]) -> str | None:
+    """A model's name: of each of its set-ups where there are several, so that whoever compares models is right."""
+    apart = _set_up(result, set_ups)
+    return result.get("model") if apart is None else f"{text(result.get('model'))}, set-up {apart}"
 
 
 def human_bytes(count: float) -> str:
@@ -144,7 +163,8 @@ def columns(made: list[dict]) -> list[Column]:
         Column("cache_ratio", "cache ratio", "{:.3f}x".format),
     ]
     names = [(row["model"], row["policy"], row["target"]) for row in made]
-    if len(set(names)) < len(names):  # seeds or other knobs were swept: without the trial's name rows look alike
+    # Seeds or other knobs were swept: without the trial's name rows look alike.
+    if len(set(names)) < len(names) or any(row["set_up"] for row in made):
         shown.insert(1, Column("trial", "trial", text))
     return shown
 
@@ -156,11 +176,10 @@ def cell(row: dict, column: Column) -> str:
 
 
 def is_best(row: dict, column: Column, made: list[dict]) -> bool:
-    """Is this value the lowest of a fair fight: two rules or more, one model and training, target, realised budget?"""
+    """Is this value the lowest of a fair fight: two or more rules, same model, same target, same realised budget?"""
     if not column.judged or row[column.key] is None or row["target"] is None or row["sparsity"] is None:
         return False
-    alike = [r for r in made if all(r[key] == row[key] for key in ("model", "target", "setting"))]
-    rivals = [r for r in alike if r["policy"] != "dense"]
+    rivals = [r for r in made if (r["model"], r["target"]) == (row["model"], row["target"]) and r["policy"] != "dense"]
     spent = [r["sparsity"] for r in rivals]
     if len({r["policy"] for r in rivals}) < 2 or None in spent or max(spent) - min(spent) > SAME_BUDGET:
         return False

@@ -20,6 +20,7 @@ from torch import Tensor
 from ctxprune.cache.cold_store import ColdStore, bring_back
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.errors import UserError
+from ctxprune.precision import exactly
 from kernels.decode.pages import NEVER, Order, order_of
 from kernels.decode.torch_path import attend
 
@@ -56,8 +57,7 @@ def bounds(
 ) -> tuple[Float[Tensor, "pages heads"], Order]:
     """Log of the most that each cold page could add to a query's softmax: its keys times exp(the largest logit)."""
     order = cold.pages.order or order_of(cold.pages.table)
-    wide = torch.promote_types(query.dtype, torch.float32)  # sums of shares stop at a half in bfloat16
-    smallest, largest = (sketch[order.pages][:, :, None].to(wide) for sketch in (cold.smallest, cold.largest))
+    smallest, largest = (exactly(sketch[order.pages][:, :, None]) for sketch in (cold.smallest, cold.largest))
     grouped = query.to(smallest.dtype).unflatten(1, (smallest.shape[1], -1))[order.row]
     highest = torch.maximum(grouped * smallest, grouped * largest).sum(-1).flatten(1) * scale
     return highest + cold.count[order.pages].to(highest.dtype).log()[:, None], order
@@ -68,7 +68,7 @@ def live_mass(
 ) -> Float[Tensor, "rows heads"]:
     """Log of the sum of a query's softmax over the keys alive."""
     pages, order = hot.pages, hot.pages.order or order_of(hot.pages.table)
-    keys = pages.keys[order.pages].to(torch.promote_types(query.dtype, torch.float32))
+    keys = exactly(pages.keys[order.pages])
     alive = pages.drop_time[order.pages] > step[order.row][:, None]
     grouped = query.to(keys.dtype).unflatten(1, (keys.shape[1], -1))[order.row] * scale
     logits = (grouped @ keys.transpose(2, 3)).flatten(1, 2).masked_fill(~alive[:, None], -torch.inf)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.policies.scorer import Scorer
+from ctxprune.precision import exact
 from kernels.decode.pages import NEVER
 
 
@@ -45,7 +46,7 @@ class WatchedLayer(LayerCache):
         """Begin to remember what this scorer looks at; heads: query heads per row; marks: two numbers of each key."""
         keys = self.pages.keys
         if marks:
-            self.marks = torch.zeros(*self.pages.position.shape, 2, dtype=precision(keys), device=keys.device)
+            self.marks = torch.zeros(*self.pages.position.shape, 2, dtype=exact(keys.dtype), device=keys.device)
         self.queries = keys.new_zeros(self.rows, heads, scorer.window, keys.shape[-1])
         self.query_position = torch.full((self.rows, scorer.window), -1, device=keys.device)
 
@@ -149,11 +150,6 @@ class WatchedLayer(LayerCache):
         self.queries = queries.gather(2, taken[:, None, :, None].expand(shape))
 
 
-def precision(keys: Tensor) -> torch.dtype:
-    """What statistics are kept in: sums of many small numbers."""
-    return torch.float64 if keys.dtype == torch.float64 else torch.float32
-
-
 def nothing(of: Tensor, keys: Tensor) -> Tensor:
     """Marks of keys that have none: (rows, keys, 2)."""
-    return torch.zeros(*of.shape, 2, dtype=precision(keys), device=of.device)
+    return torch.zeros(*of.shape, 2, dtype=exact(keys.dtype), device=of.device)

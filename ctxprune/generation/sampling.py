@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctxprune.errors import UserError
+from ctxprune.precision import exact, exactly
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class Sampling:
 
 def probabilities(logits: Float[Tensor, "... vocab"], how: Sampling) -> Float[Tensor, "... vocab"]:
     """What the next token is drawn from, in float32 or better; greedy: 1 at the largest logit."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
     if how.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(exact)
-    scores = logits.to(exact) / how.temperature
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(exact(logits.dtype))
+    scores = exactly(logits) / how.temperature
     if 0 < how.top_k < scores.shape[-1]:
         smallest = scores.topk(how.top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)

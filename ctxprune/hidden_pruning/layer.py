@@ -25,6 +25,7 @@ from ctxprune.hidden_pruning.schedule import HiddenPruningConfig
 from ctxprune.hidden_pruning.stream import Stream, Watch, taken, tokens_there
 from ctxprune.policies.budget import chosen
 from ctxprune.policies.scorer import hashed
+from ctxprune.precision import exactly
 
 CACHES = ("past_key_values", "layer_past")
 """What layers of transformers call their cache."""
@@ -90,7 +91,7 @@ class HiddenPruning:
         if self.config.score == "random":
             return hashed((stream.there.cumsum(1) - 1).gather(1, stream.column), self.config.seed)
         if self.config.score == "norm":
-            return hidden.to(torch.promote_types(hidden.dtype, torch.float32)).norm(dim=-1)
+            return exactly(hidden).norm(dim=-1)
         assert stream.watch is not None
         if stream.watch.received is None:
             raise UserError("this model's layers do not hand keywords on to their attention: take score=norm or random")

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ctxprune.policies.scorer import attention as probabilities
+from ctxprune.precision import exact
 
 NAME = "ctxprune-hidden"
 """The attn_implementation under which transformers finds `attention`."""
@@ -182,10 +183,9 @@ def received(
     mask recent keys are seen by fewer of them, hence the mean over those that could; a key beyond a layer's sliding
     window gets 0.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
     slots, exists = asked_rows(watch.alive, watch.last, watch.causal)
     column = torch.arange(query.shape[2], device=query.device)
-    total = torch.zeros(watch.alive.shape, dtype=wide, device=query.device)
+    total = torch.zeros(watch.alive.shape, dtype=exact(query.dtype), device=query.device)
     observers = torch.zeros_like(total)
     for slot, real in zip(slots.split(BLOCK, 1), exists.split(BLOCK, 1), strict=True):
         index = slot[:, None, :, None]
@@ -197,7 +197,7 @@ def received(
             seen = seen & (shown if shown.dtype == torch.bool else shown > torch.finfo(shown.dtype).min / 2)
         elif watch.causal:
             seen = seen & (column <= index)
-        total += probabilities(asked.to(wide), key.to(wide), seen, scale).mean(1).sum(1)
+        total += probabilities(asked, key, seen, scale).mean(1).sum(1)
         observers += seen[:, 0].sum(1)
     return total / observers.clamp(min=1)
 

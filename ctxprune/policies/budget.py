@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctxprune.errors import UserError
+from ctxprune.precision import exactly
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ def chosen(
 
     Per sequence exactly heads * max(budget, protected) keys stay under tokens and share (fewer where there are fewer).
     """
-    if score.dtype in (torch.bfloat16, torch.float16):
-        score = score.float()  # sums of a thousand scores are not theirs in eight bits
+    score = exactly(score)
     worth = score.masked_fill(protected, torch.inf).masked_fill(~candidate, -torch.inf)
     order = youngest_first(worth)
     place = torch.arange(score.shape[-1], device=score.device)

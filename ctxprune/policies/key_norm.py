@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ctxprune.policies.ranked import RankedConfig
 from ctxprune.policies.scorer import Arrivals, Scorer
+from ctxprune.precision import exactly
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class KeyNormScorer(Scorer):
         self.low, self.apart = low, apart
 
     def own(self, new: Arrivals) -> Float[Tensor, "batch *kv_heads n"]:
-        norm = new.keys.norm(dim=-1, dtype=torch.promote_types(new.keys.dtype, torch.float32))
+        norm = exactly(new.keys).norm(dim=-1)
         norm = norm if self.apart else norm.mean(1)
         return -norm if self.low else norm

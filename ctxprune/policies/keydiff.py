@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from ctxprune.policies.ranked import RankedConfig
 from ctxprune.policies.scorer import Scorer, Signals
+from ctxprune.precision import exactly
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,6 @@ class KeyDiffScorer(Scorer):
     looks_at_keys = True
 
     def score(self, seen: Signals) -> Float[Tensor, "rows keys"]:
-        alive, keys = seen.alive[:, None, :, None], seen.keys.to(torch.promote_types(seen.keys.dtype, torch.float32))
+        alive, keys = seen.alive[:, None, :, None], exactly(seen.keys)
         mean = normalize(keys, dim=-1).masked_fill(~alive, 0.0).sum(2, keepdim=True)
         return -cosine_similarity(keys, mean, dim=-1).mean(1)

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ctxprune.precision import exactly
+
 
 @dataclass
 class Arrivals:
@@ -64,9 +66,8 @@ class Signals:
 def attention(query: Tensor, key: Tensor, seen: Tensor, scale: float) -> Tensor:
     """Probabilities (rows, heads, queries, keys) over the keys that each query has seen, 0 for one that saw none."""
     rows, heads, n, width = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)  # eight bits tie what should be ranked
-    grouped = query.to(wide).reshape(rows, key.shape[1], -1, n, width)
-    logits = (grouped @ key.to(wide)[:, :, None].transpose(-1, -2)).reshape(rows, heads, n, -1) * scale
+    grouped = exactly(query).reshape(rows, key.shape[1], -1, n, width)
+    logits = (grouped @ exactly(key)[:, :, None].transpose(-1, -2)).reshape(rows, heads, n, -1) * scale
     return torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
 
 

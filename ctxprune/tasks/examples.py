@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ctxprune.errors import UserError
 from ctxprune.tasks.task import Split
+from ctxprune.text.data_sets import streamed
 from ctxprune.text.files import named
 
 _HELD_OUT = 20
@@ -123,24 +124,14 @@ def labelled(file: str, text_field: str, labels: tuple[str, ...]) -> Iterator[Ex
 
 
 def _data_set(folder: str, text_field: str, labels: tuple[str, ...]) -> Iterator[Example]:
-    from datasets import load_dataset
-
-    try:
-        for number, row in enumerate(load_dataset(folder, split="train", streaming=True), 1):
-            text, label = row.get(text_field), row.get("label")
-            if not isinstance(text, str) or label is None:
-                raise UserError(
-                    f"{named(Path(folder))} row {number} has no text in {text_field!r} and 'label': mend it"
-                )
-            # A label that is an index (datasets' ClassLabel) stands for the label at that place.
-            named_label = labels[label] if isinstance(label, int) and 0 <= label < len(labels) else str(label)
-            _known(folder, number, named_label, labels)
-            yield Example(text.strip(), named_label)
-    except UserError:
-        raise
-    except Exception as error:  # datasets and every builder raise kinds of their own
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{named(Path(folder))} is not a data set that loads: {cause[:300]}") from error
+    for number, row in enumerate(streamed(folder, called=named(Path(folder))), 1):
+        text, label = row.get(text_field), row.get("label")
+        if not isinstance(text, str) or label is None:
+            raise UserError(f"{named(Path(folder))} row {number} has no text in {text_field!r} and 'label': mend it")
+        # A label that is an index (datasets' ClassLabel) stands for the label at that place.
+        named_label = labels[label] if isinstance(label, int) and 0 <= label < len(labels) else str(label)
+        _known(folder, number, named_label, labels)
+        yield Example(text.strip(), named_label)
 
 
 def changed(file: str) -> int:

@@ -19,6 +19,7 @@ from ctxprune.policies.budget import youngest_first
 from ctxprune.replay import Context, read
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.task import Task
+from ctxprune.teachers.lessons import lesson
 from ctxprune.teachers.reward import Cost, RewardConfig, by_reward, mean_share
 from ctxprune.teachers.soft_mask import received
 
@@ -40,7 +41,7 @@ def teach_budgets(
     """Teach the networks of a model whose policy is `bandit`. protected, recent: first and last tokens of the context
     that are never dropped. progress(step, mean reward, mean share kept)."""
     scorers, draw = _choosers(model), torch.Generator().manual_seed(config.seed)
-    rows = task.batch("train", config.seed, 0, MET).to(next(model.parameters()).device)
+    rows = lesson(model, task, config.seed, 0, MET)
     for scorer, hidden in zip(scorers, read(model, rows.input_ids[:, : rows.end]).hidden, strict=True):
         scorer.meet(hidden)
 

@@ -23,10 +23,11 @@ from ctxprune.errors import UserError
 from ctxprune.objective import distillation_loss, next_token_loss
 from ctxprune.policies.dms import DMSScorer
 from ctxprune.policies.rule import Ranking
+from ctxprune.precision import refuse_coarse
 from ctxprune.retrofitting import gate_parameters, mode, state_of, wrappers
 from ctxprune.tasks.scoring import in_context
 from ctxprune.tasks.task import Task, TaskBatch
-from ctxprune.teachers.precision import refuse_coarse
+from ctxprune.teachers.lessons import lesson
 from ctxprune.visibility import ends, layout
 
 _WARM_UP, _DECAY = 30, 0.3  # steps; share of them
@@ -124,7 +125,7 @@ def learn_to_evict(
         done = step / how.steps
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / _WARM_UP, (1.0 - done) / _DECAY)
-        rows = task.batch("train", how.seed, step, how.rows).to(next(model.parameters()).device)
+        rows = lesson(model, task, how.seed, step, how.rows)
         with torch.enable_grad():
             said, kept = relaxed(model, rows, how.temperature, noise)
             lost = (1.0 - how.distillation) * next_token_loss(said, rows.answers)

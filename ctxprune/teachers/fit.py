@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ctxprune.errors import UserError
 from ctxprune.policies.hidden_scorer import HiddenScorer
+from ctxprune.precision import refuse_coarse
 from ctxprune.replay import Context
 from ctxprune.retrofitting import wrappers
-from ctxprune.teachers.precision import refuse_coarse
 
 EPSILON = 1e-6
 """Keeps a key that the teacher gives nothing from weighing infinitely."""

@@ -21,11 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctxprune.errors import UserError
+from ctxprune.precision import refuse_coarse
 from ctxprune.replay import Context, read, resume
 from ctxprune.tasks.scoring import answered
 from ctxprune.tasks.task import Task, TaskBatch
 from ctxprune.teachers.fit import networks, scores
-from ctxprune.teachers.precision import refuse_coarse
+from ctxprune.teachers.lessons import lesson
 
 RISE, LEAST, MOST = 0.15, 1e-3, 10.0
 """Relative change of the price per step and share that is kept too much, and its limits."""
@@ -124,7 +125,7 @@ def by_reward(
     refuse_coarse(parameters)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     for step in range(config.steps):
-        rows = task.batch("train", config.seed, step, config.rows).to(next(model.parameters()).device)
+        rows = lesson(model, task, config.seed, step, config.rows)
         context = read(model, rows.input_ids[:, : rows.end])
         with torch.enable_grad():
             keep, chance = act(context)

@@ -20,11 +20,12 @@ from ctxprune.errors import UserError
 from ctxprune.policies.hidden_scorer import HiddenScorer
 from ctxprune.policies.ltp import LTPScorer
 from ctxprune.policies.scorer import attention
+from ctxprune.precision import refuse_coarse
 from ctxprune.replay import Context, read, resume
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.scoring import loss as task_loss
 from ctxprune.tasks.task import Task, TaskBatch
-from ctxprune.teachers.precision import refuse_coarse
+from ctxprune.teachers.lessons import lesson
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def soften(
     progress(step, loss of the answers in nats, share of the mask)."""
     scorers = [_teachable(wrapper) for wrapper in wrappers(model)]
     refuse_coarse(p for scorer in scorers for p in scorer.parameters())
-    device = next(model.parameters()).device
-    rows = task.batch("train", config.seed, 0, config.rows).to(device)
+    rows = lesson(model, task, config.seed, 0, config.rows)
     with torch.no_grad():
         spread = [float(score.std()) for score in softened(scorers, _context(model, rows))]
     thresholds = [isinstance(scorer, LTPScorer) for scorer in scorers]
@@ -81,7 +81,7 @@ def soften(
     ]
     optimizer = torch.optim.Adam(groups)
     for step in range(config.steps):
-        rows = task.batch("train", config.seed, step, config.rows).to(device)
+        rows = lesson(model, task, config.seed, step, config.rows)
         context = _context(model, rows)
         with torch.enable_grad():
             logs = [logsigmoid(score / unit) for score, unit in zip(softened(scorers, context), units, strict=True)]

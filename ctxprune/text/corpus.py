@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ctxprune.errors import UserError
+from ctxprune.text.data_sets import streamed
 from ctxprune.text.files import named, read_documents, text_files
 
 # Not code or prose a person wrote to be read: packages that are not the library itself, tests, generated tables.
@@ -91,29 +92,15 @@ def hub_documents(names: list[str], text_field: str, max_bytes: int) -> list[str
 
 
 def _hub_rows(name: str, text_field: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError("data.source=hub needs the package datasets: pip install datasets") from error
     place, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
-    try:
-        for row in load_dataset(place, config or None, split="train", streaming=True):
-            if text_field not in row:
-                columns = ", ".join(map(str, row))
-                raise UserError(
-                    f"data set {name!r} has no column {text_field!r}: set data.text_field to one of {columns}"
-                )
-            if isinstance(row[text_field], str):
-                yield row[text_field]
-            elif row[text_field] is not None:
-                raise UserError(
-                    f"column {text_field!r} of data set {name!r} is not text: set data.text_field to another"
-                )
-    except UserError:
-        raise
-    except Exception as error:  # datasets, fsspec, the hub and every builder raise kinds of their own
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data set {name!r} did not load: {cause[:300]}") from error
+    for row in streamed(place, config or None, called=repr(name)):
+        if text_field not in row:
+            columns = ", ".join(map(str, row))
+            raise UserError(f"data set {name!r} has no column {text_field!r}: set data.text_field to one of {columns}")
+        if isinstance(row[text_field], str):
+            yield row[text_field]
+        elif row[text_field] is not None:
+            raise UserError(f"column {text_field!r} of data set {name!r} is not text: set data.text_field to another")
 
 
 def take(documents: Iterable[str], max_bytes: int) -> list[str]:

@@ -14,7 +14,7 @@ from pipelines import output
 from pipelines.config import Config, GenerationConfig
 from pipelines.generation_benchmark import clock, lines, memory, parity, pool, ratios
 from pipelines.generation_benchmark.calibration import calibrate
-from pipelines.generation_benchmark.method import Method, Peer, said
+from pipelines.generation_benchmark.method import Method, Peer
 from pipelines.generation_benchmark.peers import peers
 from pipelines.generation_benchmark.subject import Subject, opened
 from pipelines.machine import machine, versions
@@ -108,7 +108,7 @@ def _peak(peer: Peer, subject: Subject, settings: GenerationConfig, prompts: tor
     except Exception as error:  # other people's code fails in a way of its own; ours must not fail unheard
         if peer.engine == "ctxprune":
             raise
-        return {"no_peak": said(error)}
+        return {"no_peak": output.said(error)}
 
 
 def _tidy(settings: GenerationConfig) -> GenerationConfig:

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from pipelines.generation_benchmark.method import Method, Peer, said
+from pipelines.generation_benchmark.method import Method, Peer
 from pipelines.kernel_benchmark.clock import summary
 
 WARM_UP = 2
@@ -30,7 +30,7 @@ def warmed(peers: list[Peer], prompts: torch.Tensor) -> dict[str, str]:
         except Exception as error:  # other people's code refuses a model in a way of its own
             if peer.engine == "ctxprune":
                 raise
-            failed[peer.name] = said(error)
+            failed[peer.name] = output.said(error)
     return failed
 
 

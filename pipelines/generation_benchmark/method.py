@@ -61,9 +61,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def said(error: Exception) -> str:
-    """What somebody else's code said when it failed, on one line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"failed here: {type(error).__name__}: {first[:160]}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipelines import output
 from pipelines.kernel_benchmark.peer import Peer, Prepared
 from pipelines.kernel_benchmark.problem import Problem
 
@@ -29,8 +30,7 @@ def warmed(peers: list[Peer], given: Problem, device: torch.device) -> tuple[dic
         except Exception as error:  # other people's kernels refuse a dtype or a size each in a way of its own
             if peer.exact is not None:
                 raise
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            failed[peer.name] = f"failed here: {type(error).__name__}: {said[:160]}"
+            failed[peer.name] = output.said(error)
     return ready, failed
 
 

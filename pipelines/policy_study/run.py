@@ -4,7 +4,6 @@ table. What is there already is not made again."""
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,7 +137,7 @@ def run_tasks(
     """Run (name, function, inputs) as Ray tasks, `limit` at a time; ended(name, cause or None) for each."""
     import ray
 
-    launch = ray.remote(num_cpus=1, max_retries=1)(_called)
+    launch = ray.remote(num_cpus=1, max_retries=1)(_made_there)
     waiting, running, done = list(work), {}, 0
     while waiting or running:
         while waiting and len(running) < limit:
@@ -147,8 +146,11 @@ def run_tasks(
         finished, _ = ray.wait(list(running))
         for reference in finished:
             name = running.pop(reference)
+            cause = None
             try:
-                cause = ray.get(reference)
+                ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                cause = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0]
             except ray.exceptions.RayError as error:  # the process died without a word
                 cause = str(error).strip().splitlines()[-1]
             done += 1
@@ -156,14 +158,9 @@ def run_tasks(
             advance(done)
 
 
-def _called(name: str, root: str, inputs: dict) -> str | None:
-    """In the worker: the cause in one line where it fails."""
-    try:
-        getattr(jobs, name)(root, inputs)
-    except Exception as error:  # whatever goes wrong with one point is said, and the others go on
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+def _made_there(name: str, root: str, inputs: dict) -> None:
+    """In the worker."""
+    getattr(jobs, name)(root, inputs)
 
 
 def _write(folder: Path, records: list[dict]) -> None:

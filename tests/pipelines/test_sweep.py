@@ -12,7 +12,17 @@ import pytest
 from ctxprune import UserError
 from pipelines import decoding_benchmark, store, sweep
 from pipelines.compose import compose
+from pipelines.decoding_benchmark import run_benchmarks
 from pipelines.grid import expand
+
+
+class Quiet:
+    """Bars that show nothing."""
+
+    def task(self, *_):
+        return nullcontext(lambda done: None)
+
+    say = staticmethod(lambda line: None)
 
 
 def job(folder: str) -> SimpleNamespace:
@@ -32,19 +42,10 @@ def test_who_waited_for_a_training_that_failed_is_told_so(tmp_path):
 
     before = [("a", done("a")), ("b", job(tmp_path / "store" / "train-b"))]
     failures = {"b": "out of memory"}
-    ready = sweep._trained([("c", before[0][1]), ("d", before[1][1])], before, failures, tmp_path)
+    ready = sweep._trained([("c", before[0][1]), ("d", before[1][1])], before, failures, tmp_path, Quiet())
     assert [name for name, _ in ready] == ["c"]
     assert failures["d"] == "b, which trains for it, failed: out of memory"
     assert json.loads((tmp_path / "d" / "failure.json").read_text())["cause"] == failures["d"]
-
-
-class Quiet:
-    """Bars that show nothing."""
-
-    def task(self, *_):
-        return nullcontext(lambda done: None)
-
-    say = staticmethod(lambda line: None)
 
 
 def test_one_benchmark_that_fails_stops_no_other(tmp_path, monkeypatch):
@@ -59,10 +60,10 @@ def test_one_benchmark_that_fails_stops_no_other(tmp_path, monkeypatch):
         folder = store.folder_of(tmp_path / "store", "benchmark", inputs)
         trial = SimpleNamespace(name=name, config=SimpleNamespace(runs=str(tmp_path)))
         ready.append(SimpleNamespace(trial=trial, benchmark=folder, benchmark_inputs=inputs))
-    ended: list[tuple[str, str]] = []
+    failed: list[tuple[str, str]] = []
     for _ in range(2):
-        decoding_benchmark.run_benchmarks(ready, Quiet(), lambda one, error: ended.append((one.trial.name, str(error))))
-    assert sorted(ended) == [("large", "no room")] * 2 + [("small", "None")] * 2
+        run_benchmarks(ready, Quiet(), lambda one, error: failed.append((one.trial.name, str(error))))
+    assert failed == [("large", "no room")] * 2 and store.finished(ready[1].benchmark)
 
 
 def planned(folder: Path, name: str, missing: list[str]) -> SimpleNamespace:

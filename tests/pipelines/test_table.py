@@ -48,13 +48,16 @@ def test_a_dense_trial_that_was_trained_otherwise_is_no_reference():
         result("m", perplexity=30.0, setting="3"),
     ]
     assert [row["vs_dense"] for row in table.rows(results)] == [1.0, 1.0, 3.0, None]
-    rivals = [
-        result("a", policy=policy, perplexity=value, setting=s)
-        for policy, value, s in (("learned", 9.0, "1"), ("window", 10.0, "1"), ("window", 8.0, "2"))
-    ]
-    made = table.rows(rivals)
+    assert [row["model"] for row in table.rows(results)][:2] == ["tiny, set-up 1", "tiny, set-up 2"]
+
+
+def test_trials_of_several_set_ups_are_models_of_their_own_and_shown_by_name():
+    given = (("learned", 9.0, "1"), ("window", 10.0, "1"), ("window", 8.0, "2"))
+    made = table.rows([result(p + s, policy=p, perplexity=value, setting=s) for p, value, s in given])
     (judged,) = [column for column in table.columns(made) if column.key == "perplexity"]
     assert [table.is_best(row, judged, made) for row in made] == [True, False, False]
+    assert "trial" in [column.key for column in table.columns(made)]
+    assert "set-up" not in shown(table.rows([result("a", setting="1"), result("b", target=0.9, setting="1")]))
 
 
 def test_derived_numbers_divide_what_was_measured_together():

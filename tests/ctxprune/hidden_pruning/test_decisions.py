@@ -204,6 +204,13 @@ def told(config, **given):
     return lambda: prune_hidden(small(config), CONFIGS["attention"])(**given)
 
 
+def told_deeper():
+    model = pruned("llama")
+    more = {"biases": torch.zeros(2, 9)}
+    model.model.layers[1].register_forward_pre_hook(lambda layer, given, named: (given, named | more), with_kwargs=True)
+    model(tokens(2, 9))
+
+
 def small(config):
     config._attn_implementation = "sdpa"
     return tf.AutoModel.from_config(config).double().eval()
@@ -273,6 +280,7 @@ REFUSALS = {
         "StaticCache",
     ),
     "whose is it": (read(biases=torch.zeros(2, 9)), "biases"),
+    "whose is it, in a deeper layer": (told_deeper, "biases"),
     "a copied cache": (decode(copy.deepcopy), "original"),
     "a cache that was cut": (decode(cut), "fill it again"),
     "rows that changed places": (decode(swapped), "changed places"),

@@ -78,4 +78,4 @@ def test_a_data_set_without_the_column_is_refused(tmp_path):
     (folder / "train.jsonl").write_text('{"sentence": "a", "label": 7}\n')
     refused(tmp_path, "sst2", folder, "line 1 has the label '7'")
     (folder / "train.jsonl").unlink()
-    refused(tmp_path, "sst2", folder, "is not a data set that loads")
+    refused(tmp_path, "sst2", folder, "does not load")

@@ -193,7 +193,7 @@ def test_data_sets_share_the_bound(data_set: Path) -> None:
     [
         ("set", "body", "no column 'body'.*text, n"),
         ("set", "n", "column 'n'.* is not text"),
-        ("missing", "text", "missing' did not load"),
+        ("missing", "text", "missing' does not load"),
     ],
 )
 def test_a_data_set_that_does_not_load_is_named(data_set: Path, name: str, field: str, says: str) -> None:

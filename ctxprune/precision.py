@@ -1,4 +1,5 @@
-"""Are numbers fine enough to be taught? In 16 bits a step is lost where it is less than half of a number's last bit."""
+"""Are numbers fine enough? In 16 bits what is ranked ties, sums of many small numbers stop, and a step is lost that is
+less than half of a number's last bit."""
 
 from __future__ import annotations
 
@@ -8,6 +9,16 @@ import torch
 from torch import Tensor
 
 from ctxprune.errors import UserError
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """What scores and sums of numbers of this type are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def exactly(numbers: Tensor) -> Tensor:
+    """The numbers, in a type in which they can be compared and summed."""
+    return numbers.to(exact(numbers.dtype))
 
 
 def refuse_coarse(parameters: Iterable[Tensor]) -> None:
