@@ -21,14 +21,12 @@ AT_ONCE = 256
 
 
 @dataclass
-class Table:
-    """The keys of each row, stored ones in the order of their positions, then n new ones. Rows are sequences, or KV
-    heads of sequences, those of one sequence together.
+class Keys:
+    """Keys of each row in the order of their positions. Rows are sequences, or KV heads of sequences, those of one
+    sequence together.
 
-    position: -1 where nothing is. alive: stored keys that live, False for new ones (changed in place). end: first time
-    that no longer sees each key whatever is ranked. protected: keys that no rule drops. own, received: see Signals
-    (received is changed in place). queries, query_position: (window + n) last ones, stored, then new. clock: time of
-    each new token, negative where there is none.
+    position: -1 where nothing is. alive: those that live. end: first time that no longer sees each key whatever is
+    ranked. protected: keys that no rule drops. own, received: see Signals.
     """
 
     position: Int[Tensor, "rows keys"]
@@ -39,6 +37,16 @@ class Table:
     values: Float[Tensor, "rows kv_heads keys width"]
     own: Float[Tensor, "rows keys"]
     received: Float[Tensor, "rows keys"]
+
+
+@dataclass
+class Table(Keys):
+    """Stored keys, then n new ones.
+
+    alive: False for new ones; it and received are changed in place. queries, query_position: (window + n) last ones,
+    stored, then new. clock: time of each new token, negative where there is none.
+    """
+
     queries: Float[Tensor, "rows heads asked asked_width"]
     query_position: Int[Tensor, "rows asked"]
     clock: Int[Tensor, "rows n"]

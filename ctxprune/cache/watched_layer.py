@@ -9,29 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.policies.scorer import Scorer
 from ctxprune.precision import exact
+from ctxprune.ranking import Keys
 from kernels.decode.pages import NEVER
 
 
 @dataclass
-class Known:
-    """The keys alive, each row's in the order of their positions. slot: where each is along its row's table; the others
-    as in ctxprune.ranking.Table."""
+class Known(Keys):
+    """The keys alive. slot: where each is along its row's table."""
 
     slot: Int[Tensor, "rows keys"]
-    position: Int[Tensor, "rows keys"]
-    alive: Bool[Tensor, "rows keys"]
-    end: Int[Tensor, "rows keys"]
-    protected: Bool[Tensor, "rows keys"]
-    keys: Float[Tensor, "rows kv_heads keys width"]
-    values: Float[Tensor, "rows kv_heads keys width"]
-    own: Float[Tensor, "rows keys"]
-    received: Float[Tensor, "rows keys"]
 
 
 class WatchedLayer(LayerCache):
@@ -99,8 +91,8 @@ class WatchedLayer(LayerCache):
         marks = self.marks[page, place] if self.marks is not None else nothing(slot, pages.keys)
         protected = pages.guard[page, place] == NEVER
         return Known(
-            slot, position.gather(1, slot).masked_fill(~alive, -1), alive, pages.drop_time[page, place], protected,
-            keys, values, marks[..., 0], marks[..., 1],
+            position.gather(1, slot).masked_fill(~alive, -1), alive, pages.drop_time[page, place], protected,
+            keys, values, marks[..., 0], marks[..., 1], slot,
         )  # fmt: skip
 
     def write(self, known: Known, drop_time: Int[Tensor, "rows keys"], received: Float[Tensor, "rows keys"]) -> None:

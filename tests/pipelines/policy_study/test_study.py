@@ -262,10 +262,13 @@ def test_a_study_runs_through_ray_and_a_second_start_makes_nothing_again(tmp_pat
     assert [row["right"] for row in first] == [row["right"] for row in second]
 
 
-def test_one_point_that_fails_stops_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "make_point", lambda root, inputs: 1 / 0)
-    assert run._called("make_point", str(tmp_path), {}) == "ZeroDivisionError: division by zero"
-    assert run._called("make_point", str(tmp_path), {}) is not None
+@pytest.mark.slow
+def test_what_fails_is_said_with_its_cause_and_stops_no_other(tmp_path):
+    config, causes = config_of(tmp_path)[0], {}
+    work = [("empty", jobs.make_model, {}), ("misspelt", jobs.make_model, {"task": {"task": "recal"}})]
+    with run.cluster.connected(config.cluster):
+        run.run_tasks(str(tmp_path), work, 1, causes.__setitem__, lambda done: None)
+    assert causes["empty"] == "KeyError: 'task'" and "did you mean 'recall'" in causes["misspelt"]
 
 
 @pytest.mark.parametrize(
