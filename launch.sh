@@ -24,6 +24,8 @@ usage: ./launch.sh [VERB [SETTING=VALUE ...]]
                ./launch.sh benchmark target=generation (whole models beside transformers)
                ./launch.sh benchmark target=feedback checkpoint=FOLDER (alarm and lossless mode)
                ./launch.sh benchmark target=hidden hidden.train_file=FILE (classifying long texts)
+               ./launch.sh benchmark target=gradients model=local model.path=FOLDER (gradients beside leaving keys out)
+               ./launch.sh benchmark target=cascade (few keys first, with a stated risk)
   generate   continue a prompt
                ./launch.sh generate checkpoint=FOLDER generate.prompt='def main('
   report     table and plots of a sweep
