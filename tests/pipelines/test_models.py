@@ -53,8 +53,17 @@ def test_fixed_rules_meet_the_budget_on_training_text(corpus, policy, sparsity):
 
 def test_calibration_windows_are_the_same_for_every_trial(corpus):
     first, second = Config(), Config(pruning=PruningConfig(policy="window", sparsity=0.5))
+    second.evaluate.batch = 3  # what is evaluated is in no hash of a training
     pairs = zip(calibration(first, corpus), calibration(second, corpus), strict=True)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in pairs)
+
+
+@pytest.mark.parametrize("policy", ["learned", "window", RANKED[0]])
+def test_a_target_that_protected_tokens_put_out_of_reach_is_refused_before_any_training(corpus, policy):
+    config = Config(pruning=PruningConfig(policy=policy, sparsity=0.8))
+    config.train.context, config.policy.recent = 128, 60
+    with pytest.raises(UserError, match=r"drops? 80% of the context"):
+        policy_for(config, 4, corpus)
 
 
 def test_a_person_may_name_the_trial_the_step_or_the_model(tmp_path):

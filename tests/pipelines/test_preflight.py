@@ -96,11 +96,18 @@ def test_a_mistake_is_one_line_and_exit_2_and_leaves_nothing(here, capfd, spoil,
     assert sorted(path.name for path in here.rglob("*")) == before
 
 
-@pytest.mark.parametrize("words", [["cluster.cpus_per_worker=1024"], ["cluster.gpus_per_worker=8"]])
-def test_more_than_the_machine_has_is_refused_before_anything_runs(here, capfd, words):
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("cluster.cpus_per_worker=1024", "is more than the"),
+        ("cluster.gpus_per_worker=8", "is more than the"),
+        ("benchmark.prompt=1000000", "fewer than benchmark.prompt + benchmark.new_tokens"),
+    ],
+)
+def test_more_than_there_is_is_refused_before_anything_runs(here, capfd, word, said):
     before = sorted(path.name for path in here.rglob("*"))
-    assert __main__.main(["sweep", "experiment=smoke", *words]) == 2
-    assert "is more than the" in capfd.readouterr().err
+    assert __main__.main(["sweep", "experiment=smoke", word]) == 2
+    assert said in capfd.readouterr().err
     assert sorted(path.name for path in here.rglob("*")) == before
 
 

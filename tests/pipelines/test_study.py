@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WANTED = {
     *("trial", "model", "policy", "sparsity_target", "sparsity", "perplexity", "perplexity_soft"),
     *("tokens_per_second", "ms_per_token", "tokens_per_second_dense", "cache_bytes", "cache_bytes_dense"),
-    *("train_tokens", "seed", "wall_seconds", "machine", "versions"),
+    *("train_tokens", "seed", "setting", "wall_seconds", "machine", "versions"),
 }
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -120,6 +120,8 @@ def test_evaluate_agrees_with_the_study(study):
     done = ctxprune("evaluate", learned(folder), *words, "format=json", folder=folder)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
+    (saved,) = (folder / learned(folder).removeprefix("checkpoint=")).glob("train/model/pruning.json")
+    assert json.loads(saved.read_text())["text_fingerprint"]  # or no text could be found to have changed
     assert record["perplexity"] == pytest.approx(results(folder)["learned"]["perplexity"], rel=1e-6)
     assert record["sparsity"] == pytest.approx(results(folder)["learned"]["sparsity"], abs=1e-9)
 
