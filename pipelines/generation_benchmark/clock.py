@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from pipelines import output
 from pipelines.generation_benchmark.method import Method, Peer
 from pipelines.kernel_benchmark.clock import summary
 

@@ -35,7 +35,7 @@ class Rows:
     but at the first token of each. The first token of a row opens it (as CLS)."""
 
     ids: dict[Split, Int64[Tensor, "rows tokens"]]
-    classes: dict[Split, Int64[Tensor, rows * tokens]]
+    classes: dict[Split, Int64[Tensor, "rows ..."]]
     labels: list[str]
     vocab_size: int
     left_out: dict[Split, int]

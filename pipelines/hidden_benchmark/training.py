@@ -81,7 +81,7 @@ def fine_tuned(root: Path, settings: HiddenConfig, rows: Rows, method: Method, s
 
 def right(
     root: Path, settings: HiddenConfig, rows: Rows, method: Method, folder: Path, advance: Advance
-) -> Float[Tensor, rows * counts]:
+) -> Float[Tensor, "rows ..."]:
     """1 for each row of the split judged on that the method classifies rightly, else 0; of tags what was `counted`."""
 
     def make(staged: Path) -> None:
@@ -162,7 +162,7 @@ def said(model, ids: Int64[Tensor, "batch n"], positions: Tensor | None = None) 
 
 
 @torch.inference_mode()
-def judged(model, rows: Rows, split: str, tokens: int, advance: Advance) -> Float[Tensor, rows * counts]:
+def judged(model, rows: Rows, split: str, tokens: int, advance: Advance) -> Float[Tensor, "rows ..."]:
     """1 for each row of the split whose class the model says, else 0; where words have tags what was `counted`."""
     found: list[Tensor] = []
     for ids, classes in zip(
