@@ -32,17 +32,24 @@ def check_prompt(model, prompt: Int[Tensor, " n"], max_new_tokens: int) -> None:
 def page_bytes(model, page: int) -> int:
     """Bytes of one layer's page of `page` slots: keys, values, interaction keys, what a ranking keeps beside them, and
     three integers per slot."""
-    config = model.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    first = wrappers(model)[0]
-    gate = None if first.mode == "dense" else first.rule.gate
-    rank = 0 if gate is None else gate.query.weight.shape[0]
+    own, more = numbers_per_key(model)
     size = next(model.parameters()).element_size()
-    ranking, rows, marks = first.ranking, 1, 0
+    ranking, rows, marks = wrappers(model)[0].ranking, 1, 0
     if ranking is not None:
         # A page is of one row, and where heads decide apart each of them is a row.
-        rows = kv_heads if ranking.config.apart else 1
+        rows = _kv_heads(model) if ranking.config.apart else 1
         marks = 2 * max(4, size) if ranking.marks else 0
-    return rows * page * ((2 * kv_heads // rows * width + rank) * size + marks + 3 * 4)
+    return rows * page * ((own // rows + more) * size + marks + 3 * 4)
+
+
+def numbers_per_key(model) -> tuple[int, int]:
+    """Numbers that a layer keeps of a token: of its keys and values together, and of its interaction key beside them
+    (0 without gates)."""
+    config, first = model.config, wrappers(model)[0]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    gate = None if first.mode == "dense" else first.rule.gate
+    return 2 * _kv_heads(model) * width, 0 if gate is None else gate.query.weight.shape[0]
+
+
+def _kv_heads(model) -> int:
+    return getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads

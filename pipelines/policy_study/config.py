@@ -20,7 +20,7 @@ class StudyConfig:
     methods: list[str] = field(default_factory=list)
     """Names from the table; empty: all of them."""
     shares: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
-    """Shares of the context's keys that stay when the questions begin."""
+    """Shares of the context's bytes that stay when the questions begin, interaction keys counted."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each seed is a small model of its own, and what is taught on it."""
     rows: int | None = None

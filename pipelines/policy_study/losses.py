@@ -60,7 +60,7 @@ def _slow(row: dict) -> str:
 
 
 def _off(row: dict) -> str:
-    off = row["kept_worst"] / row["share"] - 1
+    off = row["cache_worst"] / row["share"] - 1
     way, one = "more" if off > 0 else "fewer", " with one seed" if row["seeds"] > 1 else ""
-    kept = f"it kept {row['kept_worst']:.3f} of the keys{one}, {abs(off):.1%} {way} than asked"
+    kept = f"it kept {row['cache_worst']:.3f} of the bytes{one}, {abs(off):.1%} {way} than asked"
     return f"{_where(row)} missed its budget: {kept}."

@@ -14,6 +14,7 @@ from torch import Tensor
 import ctxprune
 from ctxprune import policies
 from ctxprune.errors import UserError
+from ctxprune.generation.prompts import numbers_per_key
 from ctxprune.given_scores import given
 from ctxprune.policies import PolicyConfig
 from ctxprune.policies.budget import Budget
@@ -78,13 +79,15 @@ def retrofitted(
     method: Method, model, task: Task, share: float, seed: int, *, seconds: float | None = None,
     notes: dict[str, float] | None = None, rows: int | None = None,
 ):  # fmt: skip
-    """The model under this way to prune, keeping that share of each context (on average, where it is adaptive).
+    """The model under this way to prune, keeping that share of each context's bytes (on average, where it is adaptive).
 
     seconds: how long it may be taught, where the method is limited. notes: takes down `taught_in`, the seconds that it
-    was, and what the method reports. rows: that a threshold is set on.
+    was, `key_bytes` and what the method reports. rows: that a threshold is set on.
     """
     config, notes = method.policy(share), {} if notes is None else notes
     model, report = ctxprune.retrofit(model, config), None
+    notes["key_bytes"] = key_bytes(model)
+    share /= notes["key_bytes"]
     if method.prepare is not None:
         start = time.perf_counter()
         report = method.prepare(model, task, share, seed, *([seconds] if method.limited else []))
@@ -95,6 +98,13 @@ def retrofitted(
     if report is not None:
         notes |= report(model, task)
     return model
+
+
+def key_bytes(model) -> float:
+    """Bytes of a key that is kept, over those of one of the dense model: gates keep an interaction key beside each, and
+    have to do with fewer."""
+    own, more = numbers_per_key(model)
+    return (own + more) / own
 
 
 def restored(method: Method, model, share: float, weights: dict[str, Tensor]):
@@ -227,7 +237,7 @@ METHODS = (
         "agent, no features", "control", _by_threshold("agent", blind=True), rewarded.agent, adaptive=True, limited=True
     ),
     Method("budget bandit", "reward", rewarded.budgets(SINKS, RECENT), rewarded.bandit, adaptive=True, limited=True),
-    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=3),
+    Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=4),
     Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
     Method("oracle", "control", _ranked("given"), around=_truth, aware=True, told=True),

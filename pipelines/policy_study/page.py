@@ -14,7 +14,7 @@ from pipelines.table import escape_markdown, number
 
 POINTS = "points.jsonl"
 UNKNOWN = ("agreement", "precision", "recall", "kept_and_difficulty", "seed")
-UNKNOWN += ("bytes_of_dense", "read_of_dense", "token_of_dense", "deciding_ms")
+UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms")
 """Numbers that a point need not have."""
 
 
@@ -43,7 +43,7 @@ def _is_point(point: object) -> bool:
         return False
     if not all(isinstance(point.get(name), bool) for name in ("aware", "adaptive")):
         return False
-    return None not in [number(point, name) for name in ("share", "right", "kept")] and point["share"] > 0
+    return None not in [number(point, name) for name in ("share", "right", "kept", "cache")] and point["share"] > 0
 
 
 def headlines(records: list[dict]) -> list[str]:
@@ -95,7 +95,7 @@ def drawn(records: list[dict]) -> dict[str, tuple[bytes, bytes, bytes]]:
 
 
 def _title(task: str, share: float) -> str:
-    return f"{task}, {share:.3g} of the context's keys stay"
+    return f"{task}, {share:.3g} of the context's bytes stay"
 
 
 def _caption(name: str) -> str:

@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 MARKERS = "os^vPXD*<>h"
 AXES = {
     "answers_vs_kept.png": ("kept", "share of the context's keys that stay"),
-    "answers_vs_bytes.png": ("bytes_of_dense", "live cache bytes, of dense"),
+    "answers_vs_bytes.png": ("cache", "cache bytes, of dense"),
     "answers_vs_time.png": ("token_of_dense", "measured time per token, of dense"),
 }
 

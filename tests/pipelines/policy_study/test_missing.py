@@ -10,7 +10,7 @@ from pipelines.progress import Bars
 
 def point(method: str, decides: str, seed: int, **more) -> dict:
     base = {"task": "recall", "share": 0.25, "method": method, "decides": decides, "seed": seed, "right": 0.5}
-    return dict.fromkeys(page.UNKNOWN) | base | {"adaptive": False, "aware": False, "kept": 0.25} | more
+    return dict.fromkeys(page.UNKNOWN) | base | {"adaptive": False, "aware": False, "kept": 0.25, "cache": 0.25} | more
 
 
 def test_a_mean_over_fewer_seeds_than_others_have_says_so():

@@ -1,0 +1,68 @@
+"""Is a budget the same bytes for every way to prune, whatever it keeps beside keys and values?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ctxprune
+from ctxprune import PrunedCache, tasks
+from ctxprune.policies import DenseConfig
+from ctxprune.retrofitting import wrappers
+from pipelines.policy_study import methods, small_model
+from pipelines.policy_study.measure import measure
+
+TASK = tasks.RecallConfig(length=32, facts=3, decoys=2, keys=8, values=8, fillers=8)
+ROWS = 128
+
+
+def varied(model, task, share, seed) -> None:
+    """Gates that drop some keys and keep others, as if they had learned to."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for wrapper in wrappers(model):
+            for linear in (wrapper.rule.gate.query, wrapper.rule.gate.key):
+                linear.weight.normal_(0.0, 0.5, generator=generator)
+
+
+def bytes_held(model, ids) -> int:
+    held = PrunedCache(page=16)
+    with torch.no_grad():
+        model(ids, past_key_values=held, use_cache=True)
+    return held.live_bytes()
+
+
+def bytes_of_gates(monkeypatch) -> tuple[float, float]:
+    """What gates at a half of the bytes keep of them, by the table and in the cache."""
+    monkeypatch.setattr("pipelines.policy_study.thresholds.ROWS", ROWS)
+    (gates,) = methods.named(["learned gates"])
+    torch.manual_seed(0)
+    model = methods.retrofitted(
+        replace(gates, prepare=varied), small_model.build(TASK.vocab_size, small_model.Shape(), 0), TASK, 0.5, 0
+    )
+    dense = ctxprune.retrofit(small_model.build(TASK.vocab_size, small_model.Shape(), 0), DenseConfig())
+    rows = TASK.batch("validation", 0, 0, 64)
+    said = measure(model, TASK, 64, split="validation").kept.mean().item() * methods.key_bytes(model)
+    ids = rows.input_ids[:, : rows.end]
+    return said, bytes_held(model, ids) / bytes_held(dense, ids)
+
+
+def test_gates_have_the_bytes_of_the_others_and_their_cache_holds_them(monkeypatch):
+    said, held = bytes_of_gates(monkeypatch)
+    assert said == pytest.approx(held, rel=1e-9) and said == pytest.approx(0.5, rel=0.05)
+
+
+def test_with_the_same_number_of_keys_they_would_have_more(monkeypatch):
+    monkeypatch.setattr(methods, "key_bytes", lambda model: 1.0)
+    _, held = bytes_of_gates(monkeypatch)
+    assert held > 1.05 * 0.5
+
+
+def test_only_gates_keep_more_than_keys_and_values():
+    def more(method) -> bool:
+        model = small_model.build(TASK.vocab_size, small_model.Shape(), 0)
+        return methods.key_bytes(ctxprune.retrofit(model, method.policy(0.5))) > 1.0
+
+    assert [method.name for method in methods.METHODS if more(method)] == ["learned gates"]
