@@ -21,7 +21,7 @@ from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
 from ctxprune.policies.rule import FOREVER
-from ctxprune.ranked_calls import CachedRanked
+from ctxprune.ranked_calls import CachedRanked, goes_on
 from ctxprune.visibility import Layout, ends, layout
 from kernels.decode.pages import NEVER
 
@@ -54,7 +54,7 @@ def decide(
         cache.end_of.append(partial(_end_of_stored, cache, wrapper))
         cache.endless.append(drop_time is None)
     call: Hard | Cached | CachedRanked | None
-    if wrapper.ranking is not None and (cache.reading or _goes_on(wrapper.ranking.config)):
+    if wrapper.ranking is not None and (cache.reading or goes_on(wrapper.ranking.config)):
         call = _ranked(cache, wrapper, hidden, new.never if drop_time is None else drop_time)
     elif first and (cache.max_live_tokens is None or hidden.shape[1] <= cache.max_live_tokens):
         call = _first_pass(cache, wrapper, gates, drop_time)
@@ -77,11 +77,6 @@ def _look_for_the_prompts_end(cache: PrunedCache) -> None:
         cache.reading = bool((cache.prompt > cache.length).any())
 
 
-def _goes_on(config) -> bool:
-    """Whether a layer's keys are not a plain cache's once prompts are over: they are ranked on, or kept per head."""
-    return config.when == "step" or config.apart
-
-
 def _ranked(cache: PrunedCache, wrapper, hidden: Tensor, end: Tensor) -> CachedRanked:
     """The call of a policy that ranks: it decides once queries and keys are there."""
     new, state = cache.new, wrapper.state
@@ -100,6 +95,7 @@ def _new_tokens(
     if real is not None and bool(real.all()):
         real = None
     position = _positions(cache, batch, n, position_ids, real, device)
+    cache.pinned = None if cache.pinned is None else cache.pinned.to(device)
     step = position if real is None else position.masked_fill(~real, -1)
     length = step.amax(1) + 1
     if cache.length is not None:

@@ -225,6 +225,11 @@ def _beside(known: Tensor, new: Tensor) -> Tensor:
     return torch.cat([known, new], 2)
 
 
+def goes_on(config) -> bool:
+    """Whether a layer's keys are not a plain cache's once prompts are over: they are ranked on, or kept per head."""
+    return config.when == "step" or config.apart
+
+
 def refuse(cache: PrunedCache) -> None:
     """UserError for what a ranking cannot do with this cache."""
     if cache.alarm is not None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctxprune.cache.page_pool import OF_A_ROW, PagePool, PoolFull
+from ctxprune.cache.page_pool import OF_A_ROW, PagePool, PoolFull, wider
 from kernels.decode.native_path import takeable_slots
 from kernels.decode.pages import NEVER, Slots, order_of
 
@@ -40,7 +40,7 @@ class LayerCache(PagePool):
         Where tokens go is decided for many steps at once and told to the attention, so that a step need not search. On
         a GPU the kernel searches by itself and no step waits; rows that idle are few, and short.
         """
-        if self.pages.keys.is_cuda or idle:
+        if self.looks_ahead or idle:
             self._make_room_anywhere()
             return
         if self.plan is None or self.taken == self.plan.page.shape[1]:
@@ -87,17 +87,23 @@ class LayerCache(PagePool):
         if self.promised > 0:
             self.promised -= 1
             return
-        spare, lacking = self._lacking()
+        spare, lacking = self._lacking(ahead=self.spare_pages is None)  # of a fixed pool others may need the rest
         if bool(lacking.any()):
             self.give(lacking.long())
             spare = spare + lacking * self.pages.page
-        self.promised = max(1, int(spare.min())) - 1 if self.pages.keys.is_cuda else 0
+        self.promised = max(1, int(spare.min())) - 1 if self.looks_ahead else 0
 
-    def _lacking(self) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
-        """Slots behind each row's used ones, and which rows need a page for their next token."""
+    def _lacking(self, ahead: bool = True) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
+        """Slots behind each row's used ones, and which rows need a page for their next token (ahead: or, on a GPU, for
+        the coming ones)."""
         pages = self.pages
         spare = self.given() * pages.page - pages.used
-        return spare, spare < AHEAD if pages.keys.is_cuda else (spare < 1) & (pages.free < 0)
+        return spare, spare < AHEAD if self.looks_ahead and ahead else (spare < 1) & (pages.free < 0)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the host waits for an answer of the device, and so asks for many steps at once."""
+        return self.pages.keys.is_cuda
 
     def _table_changed(self) -> None:
         super()._table_changed()
@@ -109,13 +115,12 @@ class LayerCache(PagePool):
             self.plan = None
             self.pages.free.fill_(-1)  # known to the plan alone
 
-    def rows_without_room(self, step: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-        """Which rows have no slot for the token of this step."""
-        if self.pages.keys.is_cuda:
-            lacking = self._lacking()[1]
-            return lacking if self.promised == 0 else torch.zeros_like(lacking)
+    def rows_without_room(self, step: Int[Tensor, " rows"], ahead: bool = True) -> Bool[Tensor, " rows"] | None:
+        """Which rows have no slot for the token of this step (ahead: as _lacking); None: it is known that all have."""
+        if self.looks_ahead:
+            return None if self.promised > 0 else self._lacking(ahead)[1]
         if self.plan is not None and self.taken < self.plan.page.shape[1]:
-            return torch.zeros(self.rows, dtype=torch.bool)
+            return None
         return self._takeable(step)[1] < 1
 
     def make_room_for(self, tokens: Int[Tensor, " rows"]) -> None:
@@ -205,7 +210,7 @@ class LayerCache(PagePool):
             buffer[self.in_use : self.in_use + other.in_use] = given[: other.in_use]
         table = torch.where(theirs.table >= 0, theirs.table + self.in_use, -1)
         most = max(ours.table.shape[1], table.shape[1])
-        ours.table = torch.cat([_wider(ours.table, most), _wider(table, most)])
+        ours.table = torch.cat([wider(ours.table, most), wider(table, most)])
         for name in OF_A_ROW[1:]:
             setattr(ours, name, torch.cat([getattr(ours, name), getattr(theirs, name)]))
         self.in_use, self.promised = self.in_use + other.in_use, 0
@@ -289,7 +294,3 @@ class LayerCache(PagePool):
         table = self.pages.table.long()
         position = self.pages.position[table.clamp(min=0)].flatten(1)
         return [sorted(position[row][alive[row]].tolist()) for row in range(self.rows)]
-
-
-def _wider(table: Int[Tensor, "rows most"], most: int) -> Int[Tensor, "rows wider"]:
-    return torch.cat([table, table.new_full((len(table), most - table.shape[1]), -1)], 1)

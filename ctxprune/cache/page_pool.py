@@ -49,6 +49,8 @@ class PagePool:
         """How many pages more the pool may have; None: as many as it likes."""
         self.reserved = 0
         """Pages that the pool keeps, whoever gives some back."""
+        self.moves = 0
+        """How often pages or the table may have got another place in memory, or other rows."""
         self._table_changed()
 
     @property
@@ -71,10 +73,7 @@ class PagePool:
             return
         self.resize_for(self.in_use + total, exact=exact)
         given = self.given()
-        most = int((given + wanted).max())
-        table = self.pages.table
-        if most > table.shape[1]:
-            table = torch.cat([table, table.new_full((len(table), most - table.shape[1]), -1)], 1)
+        table = wider(self.pages.table, int((given + wanted).max()))
         row = torch.repeat_interleave(wanted)
         first = (wanted.cumsum(0) - wanted)[row]
         column = given[row] + torch.arange(total, device=row.device) - first
@@ -118,6 +117,7 @@ class PagePool:
             kept = buffer[: self.in_use]
             more = kept.new_full((capacity - len(kept), *kept.shape[1:]), -1 if name == "position" else 0)
             setattr(holder, name, torch.cat([kept, more]))
+        self.moves += 1
 
     def buffers(self) -> Iterator[tuple[object, str, Tensor]]:
         """All that exists once per page: (whose attribute, its name, (pages, ...))."""
@@ -137,7 +137,7 @@ class PagePool:
         moved = torch.arange(self.in_use + 1, device=back.device)
         moved[last] = hole
         table = self.pages.table
-        self.pages.table = torch.where(table >= 0, moved[table.clamp(min=0).long()], -1).to(table.dtype)
+        table.copy_(torch.where(table >= 0, moved[table.clamp(min=0).long()], -1))
         self.pages.clear(torch.arange(left, self.in_use, device=back.device))
         self.in_use = left
         needed = max(1, left, self.reserved)
@@ -147,6 +147,7 @@ class PagePool:
 
     def _table_changed(self) -> None:
         """After every change of the table."""
+        self.moves += 1
         self.pages.order = order_of(self.pages.table)
 
     def bytes_per_token(self) -> int:
@@ -169,3 +170,9 @@ class PagePool:
     def used_bytes(self) -> int:
         """Of the pages that rows have."""
         return self.in_use * self.page_bytes() + self.row_bytes()
+
+
+def wider(table: Int[Tensor, "rows most"], most: int) -> Int[Tensor, "rows wider"]:
+    """A table for at least so many pages of each row."""
+    missing = most - table.shape[1]
+    return table if missing <= 0 else torch.cat([table, table.new_full((len(table), missing), -1)], 1)

@@ -273,17 +273,16 @@ class PrunedCache(Cache):
         too few."""
         if self.max_bytes is None:
             return True
-        lacking = [layer.rows_without_room(layer.of_rows(self.lengths)) for layer in self.held]
-        if not any(bool(rows.any()) for rows in lacking):
-            return True
-        wanted = list(zip(self.held, lacking, strict=True))
-        if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) > self.spare_pages():
-            self.trim()
-        if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) > self.spare_pages():
-            return False
-        for layer, rows in wanted:
-            layer.give(rows.long(), exact=True)
-        return True
+        for ahead in (True, False):
+            lacking = [(layer, layer.rows_without_room(layer.of_rows(self.lengths), ahead)) for layer in self.held]
+            wanted = [(layer, rows.long()) for layer, rows in lacking if rows is not None and bool(rows.any())]
+            if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) > self.spare_pages():
+                self.trim()
+            if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) <= self.spare_pages():
+                for layer, rows in wanted:
+                    layer.give(rows, exact=True)
+                return True
+        return False
 
     def trim(self) -> None:
         """No page that no row has."""

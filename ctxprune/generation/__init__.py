@@ -1,1 +1,2 @@
-"""How is text written? By `generate` on `batching`; `lossless` has the dense model verify, `cascade` begins small."""
+"""How is text written? By `generate` on `batching`, steps `captured` on a GPU; `lossless` has the dense model verify,
+`cascade` begins small."""

@@ -22,6 +22,7 @@ from ctxprune.cache.pinning import stacked
 from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
 from ctxprune.cache.revival import Alarm
 from ctxprune.errors import UserError
+from ctxprune.generation.captured import StepRunner
 from ctxprune.generation.prefill import prefill
 from ctxprune.generation.prompts import check_prompt, page_bytes
 from ctxprune.generation.request import Request
@@ -64,11 +65,16 @@ class Batcher:
         if max_cache_bytes is not None and max_cache_bytes < least:
             raise UserError(f"max_cache_bytes is {max_cache_bytes}: one sequence takes at least {least}, give more")
         self.cache = self._new_cache()
+        self.runner = StepRunner(model, self.cache)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """In the order of the cache's rows."""
         self.logits: Tensor | None = None
         """(rows, vocab): what each running row's next token is picked from."""
+        self.last: Tensor | None = None
+        """(rows,) the last token of each running row."""
+        self.unread: list[Tensor] = []
+        """Those of the last steps that nobody has asked the device for: asking waits."""
         self.submitted = self.steps = self.peak_cache_bytes = self.most_running = 0
         self.kept = 1.0
         """Bytes per prompt token that requests kept lately, over those of a prompt of which nothing is dropped."""
@@ -120,6 +126,7 @@ class Batcher:
         try:
             with torch.inference_mode(), mode(self.model, "dense" if self.dense else "hard"):
                 yield
+                self._hear()
         finally:
             self.model.train(was_training)
 
@@ -214,6 +221,7 @@ class Batcher:
         cache.shrink(0.0)
         self._learn(cache, group)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes() + cache.allocated_bytes())
+        self._hear()
         self.cache.absorb(cache)
         self.running += group
         self.most_running = max(self.most_running, len(self.running))
@@ -232,9 +240,11 @@ class Batcher:
         """Every running row takes its next token; those that end leave."""
         if not self.running or self.logits is None:
             return []
-        chosen = pick(self.logits, [one.sampling for one in self.running], [one.generator for one in self.running])
-        for one, token in zip(self.running, chosen.tolist(), strict=True):
-            one.take(token)
+        self.last = pick(self.logits, [one.sampling for one in self.running], [one.generator for one in self.running])
+        self.unread.append(self.last)
+        if not any(one.is_awaited(len(self.unread)) for one in self.running):
+            return []
+        self._hear()
         ended = [one for one in self.running if one.finished]
         if ended:
             for one, count in zip(self.running, self.cache.live_tokens().double().mean(0).tolist(), strict=True):
@@ -242,17 +252,28 @@ class Batcher:
             self._keep([row for row, one in enumerate(self.running) if not one.finished])
         return ended
 
+    def _hear(self) -> None:
+        """Every running row takes the tokens that were picked for it."""
+        if self.unread:
+            unread, self.unread = torch.stack(self.unread, 1).tolist(), []
+            for one, tokens in zip(self.running, unread, strict=True):
+                for token in tokens:
+                    one.take(token)
+
     def _keep(self, rows: list[int]) -> None:
         """Only these rows go on."""
+        self._hear()
         self.running = [self.running[row] for row in rows]
-        kept = torch.tensor(rows, dtype=torch.long, device=None if self.logits is None else self.logits.device)
-        if rows:
-            for layer in self.cache.held:
-                layer.reserved = 0  # what stays free of what was taken for rows that leave may go
-            self.cache.select(kept)
-            self.logits = None if self.logits is None else self.logits[kept]
-        else:
-            self.cache, self.logits = self._new_cache(), None
+        if not rows:
+            self.cache, self.logits, self.last = self._new_cache(), None, None
+            self.runner.follow(self.cache)
+            return
+        assert self.logits is not None and self.last is not None
+        kept = torch.tensor(rows, device=self.logits.device)
+        for layer in self.cache.held:
+            layer.reserved = 0  # what stays free of what was taken for rows that leave may go
+        self.cache.select(kept)
+        self.logits, self.last = self.logits[kept], self.last[kept]
 
     def _make_room(self) -> None:
         """The next token of every row has its slot, or the youngest rows wait until it has."""
@@ -272,10 +293,8 @@ class Batcher:
 
     def _feed(self) -> None:
         """Each row's last token goes through the model."""
-        device = self.cache.lengths.device
-        last = torch.tensor([[one.tokens[-1]] for one in self.running], device=device)
-        position = self.cache.lengths[:, None]
-        self.logits = self.model(last, position_ids=position, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        assert self.last is not None
+        self.logits = self.runner(self.last)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes())
         if self.steps % SHRINK_EVERY == SHRINK_EVERY - 1:
             self.cache.shrink()

@@ -42,6 +42,11 @@ class Request:
         read = len(self.prompt) + len(self.tokens)
         return min(len(self.prompt) + self.max_new_tokens, read + max(read // GROWTH, least))
 
+    def is_awaited(self, unread: int) -> bool:
+        """Whether somebody has to know its tokens now, of which that many were picked and not taken yet."""
+        ends = len(self.tokens) + unread >= self.max_new_tokens
+        return ends or self.eos_token_id is not None or self.on_token is not None
+
     def take(self, token: int) -> None:
         """The next token."""
         self.tokens.append(token)

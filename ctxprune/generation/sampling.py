@@ -59,6 +59,8 @@ def pick(
             alike[replace(own, seed=0)].append(row)
     for own, rows in alike.items():
         uniform = torch.cat([_uniform(generators[row], 1) for row in rows])
+        if len(rows) == len(how):  # no index to hand over to a GPU
+            return drawn(probabilities(logits, own), uniform)
         chosen[rows] = drawn(probabilities(logits[rows], own), uniform)
     return chosen
 

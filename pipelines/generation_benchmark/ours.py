@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
 from ctxprune.calls import Mode
+from ctxprune.generation.captured import StepRunner
 from ctxprune.generation.prefill import prefill
 from ctxprune.retrofitting import mode
 from pipelines.generation_benchmark.method import now
@@ -24,6 +25,7 @@ class Ours:
         """chunk: prompt tokens per pass, 0 for whole prompts."""
         self.model, self.decides, self.prompts, self.chunk = model, decides, prompts, chunk
         self.cache = PrunedCache(page=PAGE)
+        self.runner = StepRunner(model, self.cache)
         self.logits: Tensor | None = None
         """(batch, vocab): what the last tokens were picked from."""
         self.written: list[Tensor] = []
@@ -34,6 +36,7 @@ class Ours:
         with self._deciding():
             start = now(device)
             self.cache = PrunedCache(page=PAGE)
+            self.runner.follow(self.cache)
             self.logits = prefill(self.model, self.cache, list(self.prompts), self.chunk)
             self.cache.shrink(0.0)
             self.written = [self.logits.argmax(-1)]
@@ -50,8 +53,7 @@ class Ours:
         return times
 
     def _step(self) -> None:
-        last, position = self.written[-1][:, None], self.cache.lengths[:, None]
-        self.logits = self.model(last, position_ids=position, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        self.logits = self.runner(self.written[-1])
         if len(self.written) % SHRINK_EVERY == 0:
             self.cache.shrink()
         self.written.append(self.logits.argmax(-1))
