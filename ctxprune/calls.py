@@ -53,6 +53,8 @@ class PruningState:
     """Where layers add up what ranking costs; None: nowhere."""
     plan: Layout | None = None
     """Documents of the batch in flight, found by the first layer."""
+    graphs: bool = True
+    """Whether decoding steps on a GPU may be captured; False once one could not be."""
     inherited: dict[int, Tensor] = field(default_factory=dict)
     """With propagate_in_depth: log I or drop times of each layer, by its index, for the one below. All are kept, as
     activation checkpointing runs the layers again from the last to the first."""

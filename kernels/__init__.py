@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import checks
 from kernels.decode.pages import NEVER, Pages
 from kernels.hard_attention.patterns import Pattern
-from kernels.implementations import IMPLEMENTATIONS, Impl, as_written, describe, run
+from kernels.implementations import IMPLEMENTATIONS, Impl, as_written, decodes_by_triton, describe, run
 from kernels.soft_attention import torch_gates
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Pattern",
     "alpha_sigmoid",
     "decode_attention",
+    "decodes_by_triton",
     "describe",
     "drop_time_attention",
     "drop_times",

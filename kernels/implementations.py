@@ -117,6 +117,16 @@ def run(operation: str, impl: Impl, *arguments: Any) -> Any:
     return available["triton"](*arguments)
 
 
+def decodes_by_triton(device: torch.device, dtype: torch.dtype, width: int, page: int) -> bool:
+    """Whether a decoding step there, of heads of this width over pages of this size, is Triton's, which asks the GPU
+    nothing; torch's does."""
+    if device.type != "cuda" or not _installed() or not agreement.agrees("decode_attention", str(device), dtype):
+        return False
+    from kernels.decode import triton_path
+
+    return triton_path.takes(width, dtype, page)
+
+
 def _native_else_torch(operation: str, *arguments: Any) -> Any:
     """One function, so that torch.compile leaves it alone as a whole: it cannot follow an exception out of one."""
     ways = IMPLEMENTATIONS[operation]

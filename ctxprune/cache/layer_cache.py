@@ -100,11 +100,6 @@ class LayerCache(PagePool):
         spare = self.given() * pages.page - pages.used
         return spare, spare < AHEAD if self.looks_ahead and ahead else (spare < 1) & (pages.free < 0)
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the host waits for an answer of the device, and so asks for many steps at once."""
-        return self.pages.keys.is_cuda
-
     def _table_changed(self) -> None:
         super()._table_changed()
         self._forget_plan()

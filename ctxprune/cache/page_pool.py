@@ -148,7 +148,13 @@ class PagePool:
     def _table_changed(self) -> None:
         """After every change of the table."""
         self.moves += 1
-        self.pages.order = order_of(self.pages.table)
+        # Kernels of a GPU do not ask for it, and finding it waits.
+        self.pages.order = None if self.looks_ahead else order_of(self.pages.table)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the host waits for an answer of the device, and so asks for many steps at once."""
+        return self.pages.keys.is_cuda
 
     def bytes_per_token(self) -> int:
         """Of a key, its value and its interaction key."""

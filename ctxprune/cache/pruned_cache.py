@@ -265,19 +265,21 @@ class PrunedCache(Cache):
     # A pool of fixed size.
     def spare_pages(self) -> int:
         """How many pages more the layers may have together."""
-        assert self.max_bytes is not None
-        return max(0, self.max_bytes - self.allocated_bytes()) // self.held[0].page_bytes()
+        return max(0, (self.max_bytes or 0) - self.allocated_bytes()) // self.held[0].page_bytes()
 
     def make_room(self) -> bool:
         """Give every row the page that its next token needs in some layer; False, and nothing given, where the pool has
         too few."""
         if self.max_bytes is None:
             return True
-        for ahead in (True, False):
+        # On a GPU for the coming steps too, if there is enough; at last, pages that rows hold in vain are given back.
+        for ahead, shrunk in ((True, False), (False, False), (False, True)):
+            if shrunk:
+                self.shrink(0.0)
+            if not ahead:
+                self.trim()
             lacking = [(layer, layer.rows_without_room(layer.of_rows(self.lengths), ahead)) for layer in self.held]
             wanted = [(layer, rows.long()) for layer, rows in lacking if rows is not None and bool(rows.any())]
-            if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) > self.spare_pages():
-                self.trim()
             if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) <= self.spare_pages():
                 for layer, rows in wanted:
                     layer.give(rows, exact=True)

@@ -16,7 +16,7 @@ from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.policies.scorer import Scorer
 from ctxprune.precision import exact
 from ctxprune.ranking import Keys
-from kernels.decode.pages import NEVER
+from kernels.decode.pages import NEVER, order_of
 
 
 @dataclass
@@ -108,10 +108,10 @@ class WatchedLayer(LayerCache):
         """What the query at position `length` will not see is gone now: what the end of a prompt drops need not wait
         for the next token."""
         pages = self.pages
-        assert pages.order is not None
-        times, next_one = pages.drop_time[pages.order.pages], length[pages.order.row][:, None]
+        order = pages.order or order_of(pages.table)
+        times, next_one = pages.drop_time[order.pages], length[order.row][:, None]
         settled = torch.where(times <= next_one, torch.minimum(times, (next_one - 1).to(times.dtype)), times)
-        pages.drop_time[pages.order.pages] = settled
+        pages.drop_time[order.pages] = settled
 
     def mark(self, step: Int[Tensor, "rows n"], own: Tensor, received: Tensor) -> None:
         """The numbers of tokens that were just stored, by their positions; of those that were not, nothing."""

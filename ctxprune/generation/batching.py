@@ -125,10 +125,11 @@ class Batcher:
         self.model.eval()
         try:
             with torch.inference_mode(), mode(self.model, "dense" if self.dense else "hard"):
+                self.runner.look_at_the_model()
                 yield
-                self._hear()
         finally:
             self.model.train(was_training)
+            self._hear()
 
     def _step(self) -> list[Request]:
         self._admit()
@@ -254,11 +255,10 @@ class Batcher:
 
     def _hear(self) -> None:
         """Every running row takes the tokens that were picked for it."""
-        if self.unread:
-            unread, self.unread = torch.stack(self.unread, 1).tolist(), []
-            for one, tokens in zip(self.running, unread, strict=True):
-                for token in tokens:
-                    one.take(token)
+        picked, self.unread = torch.stack(self.unread, 1).tolist() if self.unread else [], []
+        for row, tokens in enumerate(picked):
+            for token in tokens:
+                self.running[row].take(token)
 
     def _keep(self, rows: list[int]) -> None:
         """Only these rows go on."""

@@ -104,6 +104,11 @@ def decode_attention(
     return output
 
 
+def takes(width: int, dtype: torch.dtype, page: int) -> bool:
+    """Whether such heads over such pages are not refused."""
+    return dtype != torch.float64 and width <= WIDEST and fits(width, dtype, page)
+
+
 def fits(width: int, dtype: torch.dtype, page: int) -> bool:
     """Whether a page of such heads fits a program."""
     return dtype != torch.float32 or width <= 64 or page <= 64

@@ -6,12 +6,13 @@ import time
 
 import torch
 
+from ctxprune.generation.captured import STEADY
 from pipelines import output
 from pipelines.generation_benchmark.method import Method, Peer
 from pipelines.kernel_benchmark.clock import summary
 
-WARM_UP = 2
-"""Steps after the prompt that are not timed: the first plans slots, or allocates."""
+WARM_UP = STEADY + 2
+"""Steps after the prompt that are not timed: the first plans slots, or allocates, and then one is captured on a GPU."""
 GROUP = 8
 """Steps of one method before the next one's turn."""
 READ_SECONDS = 10.0

@@ -13,6 +13,8 @@ def parity(record: dict) -> str:
     """Whether results are right."""
     tokens = "the same tokens as transformers" if record["same_tokens"] else "OTHER TOKENS than transformers"
     pruned = f"pruned steps against one pass: largest error {record['error']:.1e}, allowed {record['allowed']:.1e}"
+    if record.get("same_tokens_played") is not None:
+        pruned += f"; {record['same_tokens_played']:.0%} of tokens the same from captured steps"
     if record["passed"]:
         return f"parity in float64: dense writes {tokens}; {pruned} ({record['dropped']:.0%} dropped)"
     return f"parity in float64 FAILED: dense writes {tokens}; {pruned}; nothing is timed"

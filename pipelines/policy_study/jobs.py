@@ -24,7 +24,7 @@ from pipelines.policy_study.config import StudyConfig
 from pipelines.policy_study.measure import Outcome, measure, predictions
 from pipelines.policy_study.methods import named, retrofitted
 
-FORMAT = 6
+FORMAT = 7
 """Raised when a step's output would differ for the same inputs; where only one method's would, its edition is."""
 SHAPE = small_model.Shape()
 ROWS = 2048

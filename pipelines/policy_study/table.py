@@ -69,17 +69,7 @@ def rows(records: list[dict]) -> list[dict]:
         row |= {"seeds": len(several), "of_seeds": len(seeds[task]), "lowest": min(r["right"] for r in several)}
         row |= {"highest": max(r["right"] for r in several), "by_seed": {r["seed"]: r["right"] for r in several}}
         row["cache_worst"] = max((r["cache"] for r in several), key=lambda cache: abs(cache - share))
-        for name in (
-            "right",
-            "kept",
-            "cache",
-            "agreement",
-            "precision",
-            "recall",
-            "kept_and_difficulty",
-            "taught_in",
-            *CLOCK,
-        ):
+        for name in (*MEANS, *CLOCK):
             row[name] = _mean([r.get(name) for r in several])
         for name in ("read_of_dense", "token_of_dense", "deciding_ms"):
             row[name] = several[0].get(name)

@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 
 import pytest
+import torch
 
 import ctxprune
 from ctxprune import Alarm
@@ -142,12 +143,81 @@ def test_a_cap_and_an_alarm_are_not_captured(how, gpu, monkeypatch):
 
 def test_a_model_that_asks_the_device_itself_goes_on_without_graphs_and_says_so(gpu, monkeypatch):
     model = gated().double()
-    model.model.norm.register_forward_hook(lambda layer, given, out: print(end="" if out.isfinite().all() else "!"))
+    norm, original = model.model.norm, model.model.norm.forward
+    norm.forward = lambda hidden: original(hidden) if hidden.isfinite().all() else hidden
     with pytest.warns(UserWarning, match="without CUDA graphs: aten.*is not permitted"):
         found, runner = served(model)
-    assert runner.played == 0 and runner.capture is None
+    assert runner.played == 0 and not runner.state.graphs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert written(model) == found
     monkeypatch.undo()
     assert found == written(model)
+
+
+def test_a_capture_that_fails_otherwise_leaves_all_as_it_was(gpu):
+    def broken(step):
+        step()
+        raise KeyboardInterrupt
+
+    batcher = Batcher(gated().double(), page=16)
+    one = batcher.submit(tokens(1, 9)[0], max_new_tokens=40)
+    batcher.runner.capture = broken
+    with pytest.raises(KeyboardInterrupt):
+        batcher.run()
+    assert batcher.cache.lengths.tolist() == [9 + len(one.tokens) - 1]
+    assert batcher.cache.get_seq_length() == 9 + len(one.tokens) - 1
+
+
+def test_weights_that_are_others_are_captured_anew_and_hooks_see_every_step(gpu, monkeypatch):
+    model = gated().double()
+    batcher = Batcher(model, page=64)
+    one = batcher.submit(tokens(1, 9)[0], max_new_tokens=30)
+    while len(one.tokens) < 10:
+        batcher.step()
+    before, weight = batcher.runner.play, model.lm_head.weight
+    assert before is not None
+    weight.data = weight.data.flip(0)
+    seen = []
+    for _ in range(4):
+        batcher.step()
+    assert batcher.runner.play not in (None, before)
+    hook = model.model.norm.register_forward_hook(lambda *given: seen.append(1))
+    batcher.run()
+    assert len(seen) == 29 - 14  # the last token is not read
+    hook.remove()
+    monkeypatch.undo()
+    monkeypatch.setattr(weight, "data", weight.data.flip(0))
+    fresh = Batcher(model, page=64)
+    other = fresh.submit(tokens(1, 9)[0], max_new_tokens=30)
+    while len(other.tokens) < 10:
+        fresh.step()
+    weight.data = weight.data.flip(0)
+    fresh.run()
+    assert one.tokens == other.tokens
+
+
+def test_under_autocast_nothing_is_captured(gpu):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert served(gated())[1].played == 0
+
+
+def test_what_was_written_before_another_request_failed_is_there():
+    model = gated()
+    batcher = Batcher(model, max_batch=2)
+    one = batcher.submit(tokens(1, 9)[0], max_new_tokens=30)
+    for _ in range(5):
+        batcher.step()
+    batcher.submit(tokens(1, 9)[0], max_new_tokens=30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctxprune.generation.batching.prefill", refused)
+        with pytest.raises(ctxprune.UserError):
+            batcher.run()
+    assert len(one.tokens) == 5
+
+
+def refused(*given):
+    raise ctxprune.UserError("this one cannot be read")
 
 
 def test_a_graph_of_buffers_that_have_moved_would_write_something_else(gpu, monkeypatch):
