@@ -268,8 +268,7 @@ class PrunedCache(Cache):
         return max(0, (self.max_bytes or 0) - self.allocated_bytes()) // self.held[0].page_bytes()
 
     def make_room(self) -> bool:
-        """Give every row the page that its next token needs in some layer; False, and nothing given, where the pool has
-        too few."""
+        """Give every row the page that its next token needs in some layer; False, and none, where there are too few."""
         if self.max_bytes is None:
             return True
         # On a GPU for the coming steps too, if there is enough; at last, pages that rows hold in vain are given back.

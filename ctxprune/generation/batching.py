@@ -71,7 +71,7 @@ class Batcher:
         """In the order of the cache's rows."""
         self.logits: Tensor | None = None
         """(rows, vocab): what each running row's next token is picked from."""
-        self.last: Tensor | None = None
+        self.last = torch.empty(0, dtype=torch.long)
         """(rows,) the last token of each running row."""
         self.unread: list[Tensor] = []
         """Those of the last steps that nobody has asked the device for: asking waits."""
@@ -265,10 +265,10 @@ class Batcher:
         self._hear()
         self.running = [self.running[row] for row in rows]
         if not rows:
-            self.cache, self.logits, self.last = self._new_cache(), None, None
+            self.cache, self.logits = self._new_cache(), None
             self.runner.follow(self.cache)
             return
-        assert self.logits is not None and self.last is not None
+        assert self.logits is not None
         kept = torch.tensor(rows, device=self.logits.device)
         for layer in self.cache.held:
             layer.reserved = 0  # what stays free of what was taken for rows that leave may go
@@ -293,7 +293,6 @@ class Batcher:
 
     def _feed(self) -> None:
         """Each row's last token goes through the model."""
-        assert self.last is not None
         self.logits = self.runner(self.last)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes())
         if self.steps % SHRINK_EVERY == SHRINK_EVERY - 1:

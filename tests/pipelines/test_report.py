@@ -96,7 +96,7 @@ def test_slower_training_of_a_learned_trial_reaches_the_page(sweep, undrawn):
 
 def test_a_study_in_the_folder_of_a_sweep_is_shown_on_the_same_page(sweep, undrawn):
     point = {"task": "recall", "share": 0.25, "method": "agent", "decides": "reward", "adaptive": True, "aware": False}
-    (sweep / "points.jsonl").write_text(json.dumps(point | {"right": 0.9, "kept": 0.3}) + "\n")
+    (sweep / "points.jsonl").write_text(json.dumps(point | {"right": 0.9, "kept": 0.3, "cache": 0.3}) + "\n")
     out = io.StringIO()
     report(sweep, json_lines=False, out=out)
     html = (sweep / "report" / "index.html").read_text()

@@ -86,7 +86,7 @@ def test_a_folder_with_points_becomes_a_page_with_table_plot_and_losers(tmp_path
     out = io.StringIO()
     report(folder, json_lines=False, out=out)
     made = {path.name for path in (folder / "report").iterdir()}
-    assert made == {"answers_vs_kept.png", "table.md", "index.html"}
+    assert made == {"answers_vs_kept.png", "answers_vs_bytes.png", "table.md", "index.html"}
     html = (folder / "report" / "index.html").read_text()
     reader = Reader(html)
     assert reader.open == [] and "$" not in reader.text and "script" not in reader.tags and evil in reader.text
