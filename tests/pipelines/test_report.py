@@ -101,7 +101,7 @@ def test_a_study_in_the_folder_of_a_sweep_is_shown_on_the_same_page(sweep, undra
     report(sweep, json_lines=False, out=out)
     html = (sweep / "report" / "index.html").read_text()
     assert html.index("Where learned pruning does not win") < html.index("Ways to prune at equal budgets")
-    assert "agent missed its budget: it kept 0.300 of the keys, 20.0% more than asked." in html
+    assert "agent missed its budget: it kept 0.300 of the bytes, 20.0% more than asked." in html
     assert "1.025x" in out.getvalue() and "recall, 0.25 of the context" in out.getvalue()
 
 

@@ -91,7 +91,7 @@ def test_a_folder_with_points_becomes_a_page_with_table_plot_and_losers(tmp_path
     reader = Reader(html)
     assert reader.open == [] and "$" not in reader.text and "script" not in reader.tags and evil in reader.text
     assert PLANTED[0][1] in reader.text and html.count("<tr>") == 5
-    assert reader.tags.count("img") == 1 and html.count("data:image/svg+xml") == 2
+    assert reader.tags.count("img") == 2 and html.count("data:image/svg+xml") == 4
     assert "learned best is agent (0.960)" in reader.text
     assert PLANTED[0][1] in (folder / "report" / "table.md").read_text()
     assert "learned best is agent" in out.getvalue() and "index.html" in out.getvalue()
