@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -196,7 +197,8 @@ def kernel() -> ModuleType:
                 _failure = available()
                 if not _failure:
                     _built = _loaded()
-            except Exception as error:  # whatever the compiler, the linker or the disk says, there is a path without
+            except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
+                # What torch's build and the disk raise: there is a path without.
                 _failure = f"the CPU kernel cannot be built: {_first_error(str(error)) or type(error).__name__}"
     if _built is None:
         raise Refused(_failure)

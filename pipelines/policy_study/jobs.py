@@ -93,8 +93,8 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
     )
-    found_out = summary(found, dense) | notes
-    store.write_json(staged / "point.json", found_out | {"cache": found_out["kept"] * notes["key_bytes"]})
+    point = summary(found, dense) | notes
+    store.write_json(staged / "point.json", point | {"cache": point["kept"] * notes["key_bytes"]})
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels
+from kernels.checks import Refused
 from kernels.decode import native_path, triton_path
 from kernels.decode.pages import NEVER, Pages
 
@@ -235,6 +236,24 @@ def test_a_step_is_captured_once_and_replayed():
         step.fill_(k)
         graph.replay()
         assert torch.equal(output, wanted[:, :, k])
+
+
+class Launched(Exception):
+    """Triton would take it from here."""
+
+
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("width", [64, 72, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_triton_is_said_to_take_is_what_it_does_not_refuse(dtype, width, page, monkeypatch):
+    def launched(*_):
+        raise Launched
+
+    monkeypatch.setattr(triton_path, "check_device", lambda query: None)
+    monkeypatch.setattr(triton_path, "_splits", launched)
+    tensors = problem(n=1, width=width, dtype=dtype)
+    with pytest.raises(Launched if triton_path.takes(width, dtype, page) else Refused):
+        decoded(tensors, pool(tensors, page=page), "triton")
 
 
 def test_shapes_dtypes_and_missing_gates_are_refused_by_name():

@@ -202,22 +202,25 @@ def test_under_autocast_nothing_is_captured(gpu):
         assert served(gated())[1].played == 0
 
 
-def test_what_was_written_before_another_request_failed_is_there():
-    model = gated()
-    batcher = Batcher(model, max_batch=2)
+def test_what_was_written_before_an_error_is_there(monkeypatch):
+    """Nobody had asked for these tokens yet."""
+    batcher = Batcher(gated())
     one = batcher.submit(tokens(1, 9)[0], max_new_tokens=30)
-    for _ in range(5):
-        batcher.step()
+    original = batcher._feed
+    monkeypatch.setattr(batcher, "_feed", lambda: original() if batcher.steps < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batcher.run()
+    assert len(one.tokens) == 6
+
+
+def test_without_triton_nothing_is_tried_and_nothing_is_said(gpu):
+    batcher = Batcher(gated())
     batcher.submit(tokens(1, 9)[0], max_new_tokens=30)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctxprune.generation.batching.prefill", refused)
-        with pytest.raises(ctxprune.UserError):
-            batcher.run()
-    assert len(one.tokens) == 5
-
-
-def refused(*given):
-    raise ctxprune.UserError("this one cannot be read")
+    batcher.runner.only_by_triton = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batcher.run()
+    assert batcher.runner.played == 0 and not batcher.runner.state.graphs
 
 
 def test_a_graph_of_buffers_that_have_moved_would_write_something_else(gpu, monkeypatch):

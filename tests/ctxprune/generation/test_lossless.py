@@ -157,7 +157,9 @@ class Uniform(Branches):
 
     def __init__(self, drafts, proposed, exact):
         super().__init__()
-        self.accept = [min(1.0, float(p[d]) / float(q[d])) for d, q, p in zip(drafts, proposed, exact, strict=False)]
+        self.accept = [
+            min(1.0, float(p[d]) / float(q[d])) for d, q, p in zip(drafts, proposed, exact[:-1], strict=True)
+        ]
 
     def uniform(self, count: int) -> torch.Tensor:
         assert count == len(self.accept)
