@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ctxprune.packing import pack
     from ctxprune.policies import DenseConfig, GateConfig, StridedConfig, WindowConfig
     from ctxprune.retrofitting import mode, retrofit, set_alpha
+    from ctxprune.schedule import PruningSchedule
 
 # Looked up on first use: a mistake on the command line is answered before torch and transformers are loaded.
 _HOME = {
@@ -30,6 +31,7 @@ _HOME = {
     "Generation": "generation.generate",
     "LosslessGeneration": "generation.lossless",
     "PrunedCache": "cache.pruned_cache",
+    "PruningSchedule": "schedule",
     "StridedConfig": "policies",
     "UserError": "errors",
     "WindowConfig": "policies",
@@ -53,6 +55,7 @@ __all__ = [
     "Generation",
     "LosslessGeneration",
     "PrunedCache",
+    "PruningSchedule",
     "StridedConfig",
     "UserError",
     "WindowConfig",

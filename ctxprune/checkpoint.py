@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ctxprune import policies
 from ctxprune.errors import UserError
@@ -27,6 +34,8 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 PRUNING = "pruning.json"
 MANIFEST = "manifest.json"
+GENERATION = "generation_config.json"
+"""How transformers' own generate writes with it: end of text, sampling."""
 BUDGETS = "budgets"
 """In pruning.json: the budget of every layer, where one has another than the policy says (a threshold that was set)."""
 
@@ -43,12 +52,15 @@ def save(
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder or remove it first")
     state = state_of(model)
+    _refuse_unknown(state.policy)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
         save_file(_state_dict(model), staged / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(staged)
+        if model.generation_config is not None:
+            model.generation_config.to_json_file(staged / GENERATION)  # save_pretrained would refuse odd settings
         pruning = {"format": FORMAT, "pruning": policies.to_dict(state.policy), "alpha": state.alpha, **notes}
         if (budgets := _budgets(model)) is not None:
             pruning[BUDGETS] = budgets
@@ -66,12 +78,12 @@ def save(
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The model that `save` (or a trial) wrote to `folder`, in eval mode.
+    """The model that `save` wrote to `folder`, in eval mode. It may be the folder of a trial too.
 
     Strict: every tensor of the architecture must be there with its shape, and nothing else; the folder must match its
     manifest. Raises UserError that names the first mismatch. No code from the folder is run.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     pruning = read_pruning(folder)
     verify(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -84,7 +96,29 @@ def load(
     if BUDGETS in pruning:
         _set_budgets(model, pruning[BUDGETS], folder)
     _put(model, weights, folder)
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device=device).eval()
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The saved model inside what a person may name: a trial's folder, a training step's folder, or the model itself.
+    UserError where there is none."""
+    folder = Path(folder)
+    for inner in (folder, folder / "model", folder / "train" / "model"):
+        if (inner / PRUNING).is_file():
+            return inner
+    read_pruning(folder)
+    return folder
+
+
+def _refuse_unknown(policy: policies.PolicyConfig) -> None:
+    """UserError for a policy that `load` would not find by its name."""
+    if policies.POLICIES.get(policy.policy) is not type(policy):
+        name = type(policy).__name__
+        raise UserError(
+            f"{name} is no policy that load knows: call ctxprune.policies.register({name}) first, there too"
+        )
 
 
 def _budgets(model) -> list[dict] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctxprune import checkpoint
+from ctxprune.checkpoint import model_folder
 from ctxprune.packing import pack
 from pipelines import (
     cascade_benchmark,
@@ -26,8 +27,7 @@ from pipelines import (
 from pipelines.config import Config
 from pipelines.decoding_benchmark import measure, text_of
 from pipelines.evaluate import as_trained, corpus_for, refuse_changed
-from pipelines.machine import machine, versions
-from pipelines.models import trained
+from pipelines.machine import device, machine, versions
 from pipelines.progress import Bars
 
 
@@ -43,7 +43,7 @@ def main(config: Config, overrides: list[str]) -> int:
         return hidden_benchmark.main(config)
     if config.benchmark.target == "cascade":
         return cascade_benchmark.main(config)
-    folder = trained(Path(config.generate.checkpoint))
+    folder = model_folder(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:
         data = corpus_for(config, folder, bars)
@@ -73,7 +73,7 @@ def _feedback(config: Config, folder: Path, data: Path) -> int:
     about = {"checkpoint": folder.name, "benchmark": vars(settings), "feedback": vars(config.feedback)}
     about |= {"machine": machine(), "versions": versions()}
     ids, asked = text_of(data, settings), config.feedback
-    model = checkpoint.load(folder)
+    model = checkpoint.load(folder, device=device())
     if asked.packed:
         pack(model)
     how = asked.loops, asked.draft, asked.temperature

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ctxprune.checkpoint import first_line
 from ctxprune.errors import UserError
 from pipelines import store
 from pipelines.config import ClusterConfig
@@ -34,7 +36,8 @@ class Failure:
 
 @contextmanager
 def connected(cluster: ClusterConfig) -> Iterator[None]:
-    """A Ray cluster for the time of a study: the one at cluster.address, else a local one that ends with us."""
+    """A Ray cluster for the time of a study: the one at cluster.address, else a local one that ends with us. UserError
+    where none answers there."""
     # Read when ray is imported: cluster tokens on, worker health asked often (each report waits for it).
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -43,25 +46,65 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 
-    environment = quiet_environment(cluster.cpus_per_worker, cluster.gpus_per_worker > 0)
-    ray.init(
-        address=cluster.address,
-        include_dashboard=None if cluster.address else False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-    )
+    # "local": else Ray would join whatever RAY_ADDRESS or an earlier `ray start` names.
+    how = {"address": cluster.address or "local", "include_dashboard": None if cluster.address else False}
+    try:
+        _reach(cluster.address)
+        # Whether workers see GPUs is said when one connects: a cluster that is joined is asked first.
+        gpus = gpus_of(cluster)
+        if gpus is None:
+            ray.init(**how, log_to_driver=False, logging_level="ERROR")
+            gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
+            ray.shutdown()
+        environment = quiet_environment(cluster.cpus_per_worker, gpus > 0)
+        ray.init(**how, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    except (OSError, ray.exceptions.RayError) as error:  # ConnectionError where "auto" finds none
+        ray.shutdown()
+        if cluster.address is None:
+            raise
+        raise UserError(
+            f"no Ray cluster answers at cluster.address={cluster.address} ({first_line(error)}): start one with `ray "
+            "start --head`, RAY_AUTH_MODE=token and the same token there and here"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _reach(address: str | None) -> None:
+    """OSError where nothing listens at host:port: Ray would try for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def gpus_of(cluster: ClusterConfig) -> int | None:
+    """GPUs per process of a job; None where nobody has said and only the cluster that is to be joined knows."""
+    if cluster.gpus_per_worker is not None or cluster.address is not None:
+        return cluster.gpus_per_worker
+    import torch
+
+    return int(torch.cuda.is_available())
+
+
+def settled(cluster: ClusterConfig) -> ClusterConfig:
+    """With its GPUs per process decided; within `connected`."""
+    import ray
+
+    gpus = gpus_of(cluster)
+    if gpus is None:
+        gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
+    return dataclasses.replace(cluster, gpus_per_worker=gpus)
+
+
 def slots(cluster: ClusterConfig) -> int:
     """Jobs at a time: what is asked for, never more than the cluster's cores and GPUs hold."""
     import ray
 
-    total = ray.cluster_resources()
+    cluster, total = settled(cluster), ray.cluster_resources()
     fits = fitting(cluster, int(total.get("CPU", 0)), int(total.get("GPU", 0)))
     return min(cluster.concurrency, fits) if cluster.concurrency else fits
 
@@ -69,7 +112,7 @@ def slots(cluster: ClusterConfig) -> int:
 def fitting(cluster: ClusterConfig, cores: int, gpus: int) -> int:
     """Jobs that so many cores and GPUs hold. UserError for none: Ray would wait for more without a word."""
     fits = []
-    for name, each, there in (("cpus", cluster.cpus_per_worker, cores), ("gpus", cluster.gpus_per_worker, gpus)):
+    for name, each, there in (("cpus", cluster.cpus_per_worker, cores), ("gpus", gpus_of(cluster), gpus)):
         if each:
             fits.append(there // (cluster.workers * each))
         if each and not fits[-1]:
@@ -87,6 +130,7 @@ def run_jobs(
     """Run named jobs, a bounded number at a time. watch gets each job's newest metrics row, ended its fate."""
     import ray
 
+    cluster = settled(cluster)
     launch = ray.remote(num_cpus=0, max_retries=0)(_fit)
     waiting, running, limit = list(jobs), {}, slots(cluster)
     while waiting or running:

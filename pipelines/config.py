@@ -157,8 +157,8 @@ class ClusterConfig:
     """Trials at a time; 0 means as many as the cores or GPUs allow."""
     cpus_per_worker: int = 1
     """Cores (and compute threads) per process."""
-    gpus_per_worker: int = 0
-    """GPUs per process."""
+    gpus_per_worker: int | None = None
+    """GPUs per process; null: one where the cluster has any, else none."""
 
 
 @dataclass

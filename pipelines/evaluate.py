@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxprune import checkpoint
+from ctxprune.checkpoint import model_folder
 from ctxprune.errors import UserError
 from ctxprune.evaluation import evaluate
 from ctxprune.text import tokenizer
@@ -16,14 +17,13 @@ from pipelines import output
 from pipelines.config import Config
 from pipelines.grid import Trial
 from pipelines.machine import device, machine, versions
-from pipelines.models import trained
 from pipelines.prepare import Corpora, text_fingerprint
 from pipelines.progress import Bars
 
 
 def main(config: Config, overrides: list[str]) -> int:
     """The verb: one record on stdout."""
-    folder = trained(Path(config.generate.checkpoint))
+    folder = model_folder(Path(config.generate.checkpoint))
     config = as_trained(config, overrides, folder)
     with Bars() as bars:
         data = corpus_for(config, folder, bars)

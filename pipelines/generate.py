@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 
 import ctxprune
+from ctxprune.checkpoint import model_folder
 from ctxprune.text import tokenizer
 from pipelines import output
 from pipelines.config import Config, GenerateConfig
-from pipelines.models import trained
+from pipelines.machine import device
 from pipelines.progress import Bars
 
 
 def main(config: Config, overrides: list[str]) -> int:
     """The verb: the continuation on stdout."""
     asked = config.generate
-    folder = trained(Path(asked.checkpoint))
+    folder = model_folder(Path(asked.checkpoint))
     words = tokenizer.load_tokenizer(str(folder))
     ids = words.encode(asked.prompt, add_special_tokens=False)
     prompt = torch.tensor([tokenizer.document_start_id(words), *ids])
-    model, counted = ctxprune.load(folder), itertools.count(1)
+    model, counted = ctxprune.load(folder, device=device()), itertools.count(1)
     how = {name: getattr(asked, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     with Bars() as bars, bars.task("tokens", asked.max_new_tokens) as advance:
         how |= {"eos_token_id": words.eos_token_id, "on_token": lambda row, token: advance(next(counted))}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -84,13 +82,3 @@ def calibration(config: Config, tokens: TokenStore) -> list:
     rows, context = CALIBRATION_ROWS, config.train.context
     count = max(1, CALIBRATION_TOKENS // (rows * context))
     return [train_batch(tokens.train, CALIBRATION_SEED, step, 0, 1, rows, context) for step in range(count)]
-
-
-def trained(folder: Path) -> Path:
-    """The saved model inside what a person may name: a trial's folder, a training step's folder, or the model
-    itself."""
-    for inner in (folder, folder / "model", folder / "train" / "model"):
-        if (inner / checkpoint.PRUNING).is_file():
-            return inner
-    checkpoint.read_pruning(folder)
-    return folder

@@ -16,7 +16,7 @@ from ctxprune.errors import UserError
 from ctxprune.policies import GateConfig
 from ctxprune.retrofitting import retrofit
 from ctxprune.text.tokenizer import load_tokenizer
-from pipelines.cluster import fitting
+from pipelines.cluster import connected, fitting, slots
 from pipelines.config import ClusterConfig, Config, TrackingConfig
 from pipelines.machine import cores
 
@@ -50,9 +50,13 @@ def check_model(config: Config) -> None:
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """UserError for a job that needs more than this machine has; another cluster says what it has when it is joined."""
+    """UserError for a job that needs more than this machine has, or the cluster that is to be joined; and where that
+    does not answer."""
     if cluster.address is None:
         fitting(cluster, cores(), torch.cuda.device_count())
+        return
+    with connected(cluster):
+        slots(cluster)
 
 
 def check_tracking(tracking: TrackingConfig) -> None:

@@ -14,19 +14,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ctxprune import objective
-from ctxprune.budget import SparsityController
-from ctxprune.drop_time import DropTimes
 from ctxprune.retrofitting import freeze_backbone, gate_parameters, state_of
+from ctxprune.schedule import PruningSchedule
 from ctxprune.text.batches import Batch, targets, train_batch
 from ctxprune.text.token_store import TokenSplit
 from ctxprune.visibility import visible_pairs
 from pipelines import engine as engines
 from pipelines.config import Config, PruningConfig, TrainConfig
-
-MEASURE_EVERY = 4
-"""Steps between two measurements of the sparsity: one costs about a tenth of a step."""
-SHARP_ALPHA = 4.0
-"""From here on soft and hard sparsity differ by less than half a point, and the controller watches the hard one."""
 
 
 @dataclass
@@ -39,19 +33,6 @@ class Plan:
     train: TrainConfig
     pruning: PruningConfig
     gated: bool
-
-
-@dataclass
-class StepReport:
-    """What one step did.
-
-    loss: nats per token of this rank's rows; sparsity, sparsity_soft: under the step function and under the soft gates,
-    over the rows of all ranks, where they were measured.
-    """
-
-    loss: float
-    sparsity: float | None = None
-    sparsity_soft: float | None = None
 
 
 def base_plan(config: Config) -> Plan:
@@ -79,46 +60,45 @@ def run(
     wrapped = engines.start(model, _groups(model, plan), config.engine, plan.train, world)
     if teacher is not None:
         teacher.to(wrapped.device)
-    controller = SparsityController(plan.pruning.sparsity) if plan.gated and plan.pruning.sparsity else None
-    gamma = controller.gamma if controller else (plan.pruning.gamma or 0.0)
+    schedule = pruning_schedule(model, plan) if plan.gated else None
     wrapped.train()
     start, rows = time.monotonic(), _appender(log)
     for step in range(plan.steps):
         progress = step / plan.steps
         _set_learning_rates(wrapped.optimizer, learning_rate_factor(progress, step, plan))
-        if plan.gated:
-            state_of(model).alpha = objective.alpha_at(
-                progress / plan.pruning.alpha_steps, plan.pruning.alpha_start, plan.pruning.alpha_end
-            )
         batch = train_batch(split, plan.train.seed, step, rank, world, plan.train.batch, plan.train.context)
-        measuring = plan.gated and (step % MEASURE_EVERY == 0 or step + 1 == plan.steps)
-        report = train_step(wrapped, model, teacher, batch, gamma, plan, measuring, step)
-        if controller and report.sparsity is not None:
-            # Near alpha = 1 the step function drops nothing yet while the soft gates already decay: watching it then
-            # drives gamma up, and the sparsity overshoots once the gates sharpen.
-            sharp = state_of(model).alpha >= SHARP_ALPHA
-            gamma = controller.update(report.sparsity if sharp else report.sparsity_soft, progress)
+        loss = train_step(wrapped, model, teacher, batch, schedule, plan, step)
+        row = _row(step, loss, plan, time.monotonic() - start)
+        if schedule is not None:
+            row["alpha"] = state_of(model).alpha
+            schedule.step()
+            row |= {"gamma": schedule.gamma, "sparsity": schedule.sparsity, "sparsity_soft": schedule.sparsity_soft}
+            row["sparsity_goal"] = schedule.goal
         if step % plan.train.log_every == 0 or step + 1 == plan.steps:
-            rows(_row(step, report, model, controller, gamma, plan, time.monotonic() - start))
+            rows(row)
     return engines.full_weights(wrapped, config.engine.zero)
 
 
+def pruning_schedule(model: nn.Module, plan: Plan) -> PruningSchedule:
+    """What steers the gates over this run."""
+    pruning = plan.pruning
+    alphas = {"alpha_start": pruning.alpha_start, "alpha_end": pruning.alpha_end, "alpha_steps": pruning.alpha_steps}
+    return PruningSchedule(model, plan.steps, pruning.sparsity, gamma=pruning.gamma or 0.0, **alphas)
+
+
 def train_step(
-    wrapped, model: nn.Module, teacher, batch: Batch, gamma: float, plan: Plan, measuring: bool, step: int
-) -> StepReport:
-    """One optimizer step: next-token loss + gamma * kept share (+ distillation)."""
+    wrapped, model: nn.Module, teacher, batch: Batch, schedule: PruningSchedule | None, plan: Plan, step: int
+) -> float:
+    """One optimizer step: next-token loss + gamma * kept share (+ distillation). Returns the first, nats per token of
+    this rank's rows."""
     batch = Batch(batch.input_ids.to(wrapped.device), batch.position_ids.to(wrapped.device))
-    state = state_of(model, default=None)
-    if measuring:
-        state.record = {}
     wanted = targets(batch)
     logits = wrapped(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     prediction = objective.next_token_loss(logits, wanted)
-    token_weight, pair_weight = _weights(wanted, state)
+    token_weight, pair_weight = _weights(wanted, state_of(model, default=None))
     loss = token_weight * prediction
-    if plan.gated:
-        kept = objective.kept_share(model)
-        loss = loss + gamma * pair_weight * kept
+    if schedule is not None:
+        loss = loss + schedule.penalty(pair_weight)
     if teacher is not None:
         with torch.no_grad():
             aim = teacher(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
@@ -126,11 +106,7 @@ def train_step(
     _refuse_non_finite(loss, step)
     wrapped.backward(loss)
     wrapped.step()
-    if not measuring:
-        return StepReport(prediction.item())
-    hard, soft = _sparsity(state, kept.detach())
-    state.record = None
-    return StepReport(prediction.item(), hard, soft)
+    return prediction.item()
 
 
 def _weights(wanted: torch.Tensor, state) -> tuple[float, float]:
@@ -176,16 +152,6 @@ def _set_learning_rates(optimizer, factor: float) -> None:
         group["lr"] = group["peak"] * factor
 
 
-def _sparsity(state, kept_share: torch.Tensor) -> tuple[float, float]:
-    """Sparsity of the step just taken, (step function, soft gates), over the rows of all ranks."""
-    end = state.documents.end
-    taken, pairs = DropTimes(state.recorded(), end), visible_pairs(end).sum().double()
-    counts = torch.stack([taken.kept_pairs().double().sum() / state.layers, kept_share.double() * pairs, pairs])
-    dist.all_reduce(counts)
-    hard, soft = (1.0 - counts[:2] / counts[2].clamp(min=1)).tolist()
-    return hard, soft
-
-
 def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
     """Every rank stops before the update if any rank's loss is not finite."""
     fine = torch.isfinite(loss.detach()).to(torch.int32)
@@ -198,19 +164,11 @@ def _refuse_non_finite(loss: torch.Tensor, step: int) -> None:
         )
 
 
-def _row(step: int, report: StepReport, model, controller, gamma: float, plan: Plan, seconds: float) -> dict:
+def _row(step: int, loss: float, plan: Plan, seconds: float) -> dict:
     tokens = (step + 1) * plan.train.batch * plan.train.context
-    row = {"kind": "train", "step": step, "steps": plan.steps, "loss": report.loss, "seconds": round(seconds, 3)}
+    row = {"kind": "train", "step": step, "steps": plan.steps, "loss": loss, "seconds": round(seconds, 3)}
     row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
     row["learning_rate"] = plan.learning_rate * learning_rate_factor(step / plan.steps, step, plan)
-    if plan.gated:
-        row |= {
-            "alpha": state_of(model).alpha,
-            "gamma": gamma,
-            "sparsity_soft": report.sparsity_soft,
-            "sparsity": report.sparsity,
-            "sparsity_goal": controller.goal(step / plan.steps) if controller else None,
-        }
     return row
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ctxprune.budget import measure
+from ctxprune.text.batches import Batch
+from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import compose, grid
 from pipelines.policy_study import run
 
@@ -44,9 +47,12 @@ def model_folder(tmp_path) -> Path:
 def test_the_lines_of_python_run(tmp_path, monkeypatch, model_folder):
     monkeypatch.chdir(tmp_path)
     first, second = blocks("python")
-    names = {"prompt_ids": torch.arange(1, 9)}
+    tokenizer = train_tokenizer(["some text, and some more"], 300)
+    names = {"prompt_ids": torch.arange(1, 9), "tokenizer": tokenizer}
+    names["batches"] = [torch.randint(64, (2, 32)) for _ in range(20)]
     exec(first.replace("FOLDER_OR_HUB_ID", str(model_folder)).replace("=100", "=5"), names)
-    assert len(names["written"].tokens[0]) == 5 and (tmp_path / "pruned" / "pruning.json").is_file()
+    assert 1 <= len(names["written"].tokens[0]) <= 5 and (tmp_path / "pruned" / "pruning.json").is_file()
+    assert measure(names["model"], [Batch(ids, torch.arange(32).expand(2, 32)) for ids in names["batches"][:16]]) > 0.7
     exec(second, {"prompts": [torch.arange(1, 9), torch.arange(3, 40)]})
 
 

@@ -25,7 +25,7 @@ from ctxprune.errors import UserError
 from ctxprune.generation.captured import StepRunner
 from ctxprune.generation.prefill import prefill
 from ctxprune.generation.prompts import check_prompt, page_bytes
-from ctxprune.generation.request import Request
+from ctxprune.generation.request import EndOfText, Request, ends_of
 from ctxprune.generation.sampling import Sampling, pick
 from ctxprune.retrofitting import mode, state_of
 
@@ -85,7 +85,7 @@ class Batcher:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: EndOfText = None,
         pinned: Tensor | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Request:
@@ -102,7 +102,7 @@ class Batcher:
         device = next(self.model.parameters()).device
         generator = torch.Generator(device=device).manual_seed(how.seed)
         ids = prompt.detach().cpu().long()
-        one = Request(self.submitted, ids, max_new_tokens, how, generator, eos_token_id, pinned, on_token)
+        one = Request(self.submitted, ids, max_new_tokens, how, generator, ends_of(eos_token_id), pinned, on_token)
         self.submitted += 1
         self.waiting.append(one)
         return one

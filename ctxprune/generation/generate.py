@@ -12,6 +12,7 @@ from torch import Tensor
 from ctxprune.cache.revival import Alarm
 from ctxprune.errors import UserError
 from ctxprune.generation.batching import Batcher
+from ctxprune.generation.request import EndOfText
 from ctxprune.generation.sampling import Sampling
 
 
@@ -35,7 +36,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_token_id: EndOfText = None,
     pinned: Sequence[tuple[int, int]] = (),
     max_live_tokens: int | None = None,
     max_cache_bytes: int | None = None,
@@ -47,8 +48,9 @@ def generate(
     """Continue prompts with the dropped context physically gone.
 
     input_ids: a (batch, n) tensor or a list of 1-D prompts of any lengths. max_new_tokens: tokens added at most per
-    row; a row ends at eos_token_id and leaves the batch, and prompts beyond max_batch or max_cache_bytes join as others
-    leave. Each row samples with its own generator (seed + row), so its output never depends on its neighbours.
+    row; a row ends at eos_token_id (one, or any of several; None: at none, not even the model's own) and leaves the
+    batch, and prompts beyond max_batch or max_cache_bytes join as others leave. Each row samples with its own generator
+    (seed + row), so its output never depends on its neighbours.
     pinned: spans of positions [start, end) that are never dropped, in every prompt. max_live_tokens: keys that a row
     may hold per layer; beyond it go those that the policy ranks lowest. prefill_chunk: prompt tokens per pass, 0 for
     whole prompts; any chunk gives the same result. alarm: an Alarm brings dropped keys back where a query may need

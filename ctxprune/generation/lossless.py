@@ -20,6 +20,7 @@ from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.errors import UserError
 from ctxprune.generation.prefill import prefill
 from ctxprune.generation.prompts import check_prompt
+from ctxprune.generation.request import EndOfText, ends_of
 from ctxprune.generation.sampling import RowDraws, Sampling, probabilities
 from ctxprune.generation.speculation import DraftLength
 from ctxprune.retrofitting import mode, state_of
@@ -116,7 +117,7 @@ def generate_lossless(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_token_id: EndOfText = None,
     draft: int | None = None,
     prefill_chunk: int = 512,
     on_token: Callable[[int, int], None] | None = None,
@@ -139,12 +140,12 @@ def generate_lossless(
         check_prompt(model, prompt, max_new_tokens)
     if state_of(model).mode == "dense":
         raise UserError("this model is in dense mode, and has nothing that could draft: leave ctxprune.mode")
-    was_training = model.training
+    was_training, ends = model.training, ends_of(eos_token_id)
     model.eval()
     try:
         session = _Session(model, prompts, how, prefill_chunk, DraftLength(model, draft), max_new_tokens)
         while session.rows:
-            session.write(max_new_tokens, eos_token_id, on_token)
+            session.write(max_new_tokens, ends, on_token)
     finally:
         model.train(was_training)
     return session.result()
@@ -174,7 +175,7 @@ class _Session:
         self.first: Tensor | None = logits
         self.began_with = self.full.live_bytes(), self.pruned.live_bytes()
 
-    def write(self, most: int, end: int | None, on_token: Callable[[int, int], None] | None) -> None:
+    def write(self, most: int, ends: frozenset[int], on_token: Callable[[int, int], None] | None) -> None:
         """One round: drafts, one dense pass, and what comes of it in every row."""
         if self.first is not None:
             chosen, self.first = self._drawn(self._proposed(self.first)), None
@@ -188,9 +189,9 @@ class _Session:
                 row.tokens.append(token)
                 if on_token is not None:
                     on_token(row.index, token)
-                if token == end:
+                if token in ends:
                     break
-        going = [place for place, row in enumerate(self.rows) if len(row.tokens) < most and row.tokens[-1:] != [end]]
+        going = [at for at, row in enumerate(self.rows) if len(row.tokens) < most and row.last not in ends]
         if len(going) < len(self.rows):
             self.finished |= {row.index: row.tokens for place, row in enumerate(self.rows) if place not in going}
             self.rows = [self.rows[place] for place in going]

@@ -6,6 +6,8 @@ The model's class becomes a subclass of the same name, since generate asks the c
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
@@ -25,6 +27,12 @@ class Forgetting:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.pruning_state.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As transformers' own; Trainer resumes from it. `from_pretrained` does not read it: it knows no gates."""
+        said = "from_pretrained cannot read a retrofitted model (its attention would start anew): use ctxprune.save"
+        warnings.warn(said, stacklevel=2)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *others, **more

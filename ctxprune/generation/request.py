@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,16 @@ from torch import Tensor
 
 from ctxprune.cache.page_pool import GROWTH
 from ctxprune.generation.sampling import Sampling
+
+EndOfText = int | Sequence[int] | None
+"""The token, or any of several, that ends a text; None: only its length does."""
+
+
+def ends_of(eos_token_id: EndOfText) -> frozenset[int]:
+    """The tokens that end a text."""
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
 
 
 @dataclass(eq=False)
@@ -22,7 +32,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     generator: torch.Generator
-    eos_token_id: int | None = None
+    ends: frozenset[int] = frozenset()
     pinned: Tensor | None = None
     on_token: Callable[[int, int], None] | None = None
     tokens: list[int] = field(default_factory=list)
@@ -44,12 +54,12 @@ class Request:
 
     def is_awaited(self, unread: int) -> bool:
         """Whether somebody has to know its tokens now, of which that many were picked and not taken yet."""
-        ends = len(self.tokens) + unread >= self.max_new_tokens
-        return ends or self.eos_token_id is not None or self.on_token is not None
+        full = len(self.tokens) + unread >= self.max_new_tokens
+        return full or bool(self.ends) or self.on_token is not None
 
     def take(self, token: int) -> None:
         """The next token."""
         self.tokens.append(token)
-        self.finished = token == self.eos_token_id or len(self.tokens) == self.max_new_tokens
+        self.finished = token in self.ends or len(self.tokens) == self.max_new_tokens
         if self.on_token is not None:
             self.on_token(self.index, token)

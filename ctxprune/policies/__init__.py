@@ -6,7 +6,7 @@ ranking of keys. Protected tokens (`sinks`, `recent`) are the same for every pol
 
 A new way to rank keys is a file with a RankedConfig and its Scorer, one number per key, named in HEURISTIC or TAUGHT
 below. Budgets, heads that decide apart, packed documents, padding, chunks and the cache then come along, and the tests
-of tests/ctxprune/test_policy_matrix.py run over it.
+of tests/ctxprune/test_policy_matrix.py run over it. A policy that lives outside ctxprune is made known by `register`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ HEURISTIC = (
 )
 TAUGHT = (FutureConfig, DistilledConfig, AgentConfig, BanditConfig, LTPConfig, DMSConfig)
 POLICIES: dict[str, type] = {config.policy: config for config in (*BY_POSITION, *HEURISTIC, *TAUGHT, GivenConfig)}
+
+
+def register(config: type) -> type:
+    """Let checkpoints know a policy of one's own by its name (a class decorator): call it before saving and before
+    loading. UserError for a name that is another's."""
+    name = config.policy  # type: ignore[attr-defined]
+    if POLICIES.setdefault(name, config) is not config:
+        raise UserError(f"{name!r} is the name of {POLICIES[name].__name__}: give {config.__name__} another")
+    return config
 
 
 def to_dict(config: PolicyConfig) -> dict[str, object]:

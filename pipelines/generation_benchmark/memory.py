@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctxprune import checkpoint
+from ctxprune.checkpoint import model_folder
 from ctxprune.retrofitting import gate_parameters
 from pipelines.config import GenerationConfig
 from pipelines.generation_benchmark.clock import SHORT, WARM_UP
@@ -17,7 +18,6 @@ from pipelines.generation_benchmark.method import Peer
 from pipelines.generation_benchmark.peers import peers
 from pipelines.generation_benchmark.subject import Subject, random_subject, twin_of
 from pipelines.kernel_benchmark.memory import _status
-from pipelines.models import trained
 
 STEPS = 4
 """Tokens written after the prompt: a cache is whole at once."""
@@ -66,7 +66,7 @@ def _again(settings: GenerationConfig, gates: list[list[Tensor]], device: torch.
     if settings.checkpoint is None:
         subject = random_subject(settings, device)
     else:
-        model = checkpoint.load(trained(Path(settings.checkpoint)), device=device)
+        model = checkpoint.load(model_folder(Path(settings.checkpoint)), device=device)
         subject = Subject(twin_of(model), {None: model}, "trained")
     with torch.no_grad():
         for model, values in zip(subject.pruned.values(), gates, strict=True):

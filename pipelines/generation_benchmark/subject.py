@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ctxprune import GateConfig, checkpoint
+from ctxprune.checkpoint import model_folder
 from ctxprune.errors import UserError
 from ctxprune.generation.prompts import page_bytes
 from ctxprune.packing import pack
@@ -24,7 +25,6 @@ from pipelines.config import Config, GenerationConfig
 from pipelines.evaluate import as_trained, corpus_for
 from pipelines.generation_benchmark.calibration import random_gates
 from pipelines.generation_benchmark.clock import WARM_UP
-from pipelines.models import trained
 from pipelines.progress import Bars
 
 SEED = 0
@@ -66,7 +66,7 @@ def opened(config: Config, overrides: list[str], device: torch.device) -> Subjec
         subject = random_subject(settings, device)
         _refuse(settings, next(iter(subject.pruned.values())))
         return _packed(subject, settings)
-    folder = trained(Path(settings.checkpoint))
+    folder = model_folder(Path(settings.checkpoint))
     model = checkpoint.load(folder, device=device)
     _refuse(settings, model)
     with Bars() as bars:

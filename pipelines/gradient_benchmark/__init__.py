@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import ctxprune
 from ctxprune import checkpoint
+from ctxprune.checkpoint import model_folder
 from ctxprune.errors import UserError
 from ctxprune.text.batches import held_out_batches
 from ctxprune.text.token_store import TokenSplit, read_tokens
@@ -24,7 +25,7 @@ from pipelines.evaluate import as_trained, corpus_for
 from pipelines.gradient_benchmark import cost, lines, worth
 from pipelines.grid import Trial
 from pipelines.machine import machine, versions
-from pipelines.models import pretrained, trained
+from pipelines.models import pretrained
 from pipelines.prepare import Corpora
 from pipelines.progress import Bars
 
@@ -73,7 +74,7 @@ def opened(config: Config, overrides: list[str], bars: Bars) -> Subject:
     """The model of checkpoint=FOLDER with its own text, or the one of model.path with the text of data."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.generate.checkpoint:
-        folder = trained(Path(config.generate.checkpoint))
+        folder = model_folder(Path(config.generate.checkpoint))
         text = corpus_for(as_trained(config, overrides, folder), folder, bars)
         # The name of a trial, whose model lies in train/model, says more than "model".
         return Subject(_name(folder), checkpoint.load(folder, device=device), read_tokens(text).held_out)

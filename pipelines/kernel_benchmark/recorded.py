@@ -16,13 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 import kernels
 from ctxprune import attention, checkpoint
 from ctxprune.calls import Hard, Soft
+from ctxprune.checkpoint import model_folder
 from ctxprune.errors import UserError
 from ctxprune.retrofitting import mode, state_of, wrappers
 from ctxprune.text.corpus import stdlib_documents
 from ctxprune.text.tokenizer import encode_documents, load_tokenizer
 from pipelines.config import KernelsConfig
 from pipelines.kernel_benchmark.problem import Case, Problem
-from pipelines.models import trained
 
 NAME = "ctxprune-recording"
 """The attn_implementation that keeps what it is called with."""
@@ -32,7 +32,7 @@ BYTES_PER_TOKEN = 16
 
 def opened(settings: KernelsConfig, device: torch.device) -> tuple[PreTrainedModel, Tensor]:
     """The checkpoint's model in its own precision, and rows of text as long as its largest context."""
-    folder = trained(Path(settings.checkpoint or ""))
+    folder = model_folder(Path(settings.checkpoint or ""))
     model = checkpoint.load(folder, device=device)
     rows = max(settings.batch, settings.decode_batch, 2)
     return model, text(folder, rows, model.config.max_position_embeddings).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ctxprune import tasks
@@ -116,8 +117,9 @@ def _made(config: Config, rows: dict[str, str | None], methods: list[Method], ro
             failures.append(name)
             bars.say(f"  FAILED  {name}: {failure}")
 
-    with cluster.connected(config.cluster):
-        limit = cluster.slots(config.cluster)
+    cores = replace(config.cluster, gpus_per_worker=0)  # small models are faster there
+    with cluster.connected(cores):
+        limit = cluster.slots(cores)
         named_models = [(f"model of {m['task']['task']}, seed {m['seed']}", jobs.make_model, m) for m in todo_models]
         with bars.task("small models", max(1, len(named_models))) as advance:
             run_tasks(str(root), named_models, limit, ended, advance)

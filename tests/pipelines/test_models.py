@@ -7,11 +7,12 @@ import torch
 
 import ctxprune
 from ctxprune.budget import measure
+from ctxprune.checkpoint import model_folder
 from ctxprune.errors import UserError
 from ctxprune.text.batches import Batch
 from ctxprune.text.token_store import TokenStore, pack
 from pipelines.config import Config, ModelConfig, PruningConfig
-from pipelines.models import calibration, from_scratch, policy_for, trained
+from pipelines.models import calibration, from_scratch, policy_for
 from pipelines.ranges import RANKED
 
 SHAPE = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1}
@@ -70,6 +71,6 @@ def test_a_person_may_name_the_trial_the_step_or_the_model(tmp_path):
     inner = tmp_path / "trial" / "train" / "model"
     inner.mkdir(parents=True)
     (inner / "pruning.json").write_text("{}")
-    assert {trained(folder) for folder in (tmp_path / "trial", inner.parent, inner)} == {inner}
+    assert {model_folder(folder) for folder in (tmp_path / "trial", inner.parent, inner)} == {inner}
     with pytest.raises(UserError, match=r"no pruning\.json"):
-        trained(tmp_path)
+        model_folder(tmp_path)

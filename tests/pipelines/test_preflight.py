@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from ctxprune.text.tokenizer import train_tokenizer
-from pipelines import __main__, output
+from pipelines import __main__, cluster, output
+from pipelines.config import ClusterConfig
 
 TEXT = "".join(f"line {i} of a text that is long enough to learn from, or so one hopes\n" for i in range(2000))
 
@@ -118,3 +121,27 @@ def test_online_tracking_without_a_key_is_refused_before_anything_runs(here, cap
     assert __main__.main(words) == 2
     assert "WANDB_API_KEY" in capfd.readouterr().err
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"), [("127.0.0.1:1", "at cluster.address=127.0.0.1:1"), ("auto", "at cluster.address=auto")]
+)
+def test_a_cluster_that_does_not_answer_is_refused_before_anything_is_written(here, capfd, monkeypatch, address, said):
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))  # other sweeps
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda *_: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = sorted(path.name for path in here.rglob("*"))
+    assert __main__.main(["sweep", "experiment=smoke", f"cluster.address={address}"]) == 2
+    err = capfd.readouterr().err
+    assert said in err and "ray start --head" in err and "Traceback" not in err
+    assert sorted(path.name for path in here.rglob("*")) == before
+
+
+def test_gpus_are_used_where_there_are_any_unless_somebody_said_how_many(monkeypatch):
+    assert cluster.gpus_of(ClusterConfig()) == int(torch.cuda.is_available())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cluster.gpus_of(ClusterConfig()) == 1
+    assert cluster.gpus_of(ClusterConfig(gpus_per_worker=0)) == 0
+    assert cluster.gpus_of(ClusterConfig(address="auto")) is None
+    assert cluster.gpus_of(ClusterConfig(address="auto", gpus_per_worker=2)) == 2
+    assert cluster.fitting(ClusterConfig(workers=2), 16, 6) == 3  # two processes of a GPU each

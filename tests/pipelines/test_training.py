@@ -184,7 +184,7 @@ def test_the_teacher_goes_where_the_model_is(alone_in_a_group, monkeypatch):
     monkeypatch.setattr(training.engines, "start", lambda *_: wrapped)
     monkeypatch.setattr(training.engines, "full_weights", lambda *_: None)
     nothing, teacher = plan(steps=1), Teacher()
-    nothing.steps = 0
+    nothing.steps, nothing.gated = 0, False
     training.run(torch.nn.Linear(1, 1), teacher, Config(), nothing, None, None)
     assert teacher.device == "where the model is"
 

@@ -48,6 +48,10 @@ def test_each_row_ends_at_its_own_end_of_text_and_leaves_the_cache():
     assert len({len(row) for row in wanted}) > 1
     made = generate(model, ids, max_new_tokens=20, eos_token_id=end)
     assert [row.tolist() for row in made.tokens] == wanted
+    either = [end, free[1][5]]
+    made = generate(model, ids, max_new_tokens=20, eos_token_id=either)
+    ends = [next((place for place, token in enumerate(row) if token in either), 19) for row in free]
+    assert [row.tolist() for row in made.tokens] == [row[: end + 1] for row, end in zip(free, ends, strict=True)]
 
 
 def test_it_stops_when_every_row_has_ended():

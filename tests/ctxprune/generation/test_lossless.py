@@ -117,6 +117,8 @@ def test_each_row_ends_at_its_own_end_of_text():
     assert [row.tolist() for row in made.tokens] == wanted
     for row in range(4):
         assert [token for index, token in heard if index == row] == wanted[row]
+    several = generate_lossless(model, ids, max_new_tokens=20, eos_token_id=[end, 10**6])
+    assert [row.tolist() for row in several.tokens] == wanted
 
 
 class Branches:

@@ -1,0 +1,110 @@
+"""Beside a loop of one's own: the penalty makes gates drop, the controller nears the target, settling meets it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, get_linear_schedule_with_warmup
+
+import ctxprune
+from ctxprune import PruningSchedule, UserError
+from ctxprune.drop_time import drop_times
+from ctxprune.retrofitting import state_of
+from ctxprune.visibility import visible_pairs
+
+STEPS, LENGTH = 400, 48
+
+
+def made() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    return ctxprune.retrofit(AutoModelForCausalLM.from_config(config), ctxprune.GateConfig(rank=4)).train()
+
+
+def rows(step: int) -> torch.Tensor:
+    """Three tokens, again and again: some of the context is needed, most of it is not."""
+    return torch.randint(32, (8, 3), generator=torch.Generator().manual_seed(step)).repeat(1, LENGTH // 3)
+
+
+def dropped(model, ids: torch.Tensor) -> float:
+    model.eval()
+    taken = drop_times(model, ids)
+    return 1.0 - taken.kept_pairs().sum().item() / len(taken.drop_time) / visible_pairs(taken.document_end).sum().item()
+
+
+def trained(steps: int, penalised: bool = True, **asked) -> tuple[torch.nn.Module, PruningSchedule, list[dict]]:
+    model, seen = made(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rate = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    schedule = PruningSchedule(model, steps, **asked)
+    for step in range(steps):
+        ids, alpha = rows(step), state_of(model).alpha
+        loss = model(ids, labels=ids, use_cache=False).loss + penalised * schedule.penalty()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        schedule.step()
+        seen.append({"alpha": alpha, "gamma": schedule.gamma, "hard": schedule.sparsity, "goal": schedule.goal})
+        seen[-1]["loss"] = loss.item()
+    return model, schedule, seen
+
+
+def test_gates_learn_to_drop_what_is_asked_and_settle_on_it_exactly():
+    model, schedule, seen = trained(STEPS, sparsity=0.5)
+    held_out = rows(10_000)
+    assert abs(dropped(model, held_out) - 0.5) < 0.1
+    schedule.settle([held_out])
+    assert dropped(model, held_out) == pytest.approx(0.5, abs=0.01)
+    with torch.no_grad():
+        assert model(held_out, labels=held_out, use_cache=False).loss < 1.2  # 3.5 without learning
+    assert [one["hard"] is not None for one in seen] == [not step % 4 or step == STEPS - 1 for step in range(STEPS)]
+    assert seen[-1]["goal"] == pytest.approx(0.5) and seen[0]["alpha"] == pytest.approx(1.001)
+    assert state_of(model).alpha == pytest.approx(8.0) and state_of(model).record is None
+
+
+def test_without_the_penalty_they_keep_what_they_kept():
+    model, _, _ = trained(100, penalised=False, sparsity=0.5)
+    assert dropped(model, rows(10_000)) < 0.1
+
+
+def test_a_weight_of_ones_own_stays_and_nothing_moves_after_the_last_step():
+    model, schedule, seen = trained(12, gamma=0.05)
+    assert {one["gamma"] for one in seen} == {0.05} and schedule.goal is None
+    schedule.step()
+    assert (schedule.done, state_of(model).alpha) == (12, seen[-1]["alpha"])
+    with pytest.raises(UserError, match="give it one"):
+        schedule.settle([rows(0)])
+
+
+def test_the_penalty_is_gamma_times_what_was_kept():
+    model = made()
+    schedule = PruningSchedule(model, 10, gamma=2.0)
+    model(rows(0), use_cache=False)
+    kept = torch.stack(list(state_of(model).survival.values())).mean()
+    assert schedule.penalty(3.0).item() == pytest.approx(6.0 * kept.item())
+
+
+def test_mistakes_are_answered():
+    model = made()
+    for asked, said in (
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 5, "sparsity": 1.0}, "between 0 and 1"),
+        ({"steps": 5, "sparsity": float("nan")}, "between 0 and 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            PruningSchedule(model, **asked)
+    with pytest.raises(UserError, match="no gates"):
+        PruningSchedule(ctxprune.retrofit(AutoModelForCausalLM.from_config(model.config), ctxprune.DenseConfig()), 5)
+    schedule = PruningSchedule(model, 5, sparsity=0.5)
+    with pytest.raises(UserError, match=r"model\.train"):
+        schedule.penalty()
+    model.eval()
+    model(rows(0), use_cache=False)
+    with pytest.raises(UserError, match=r"model\.train"):
+        schedule.penalty()
+    with pytest.raises(UserError, match="some batches"):
+        schedule.settle([])
