@@ -39,8 +39,8 @@ def timed(
     study: StudyConfig, kept: dict[str, str | None], methods: list[Method], root: Path, bars: Bars
 ) -> dict[Key, dict[str, float | None]]:
     """By (task, method, share), on the first seed's model: ms to read the contexts and ms per later token, each of
-    ROWS sequences together and as a multiple of dense in the same round; ms of these that went into deciding; live
-    cache bytes over those of dense. At the smallest share what `longer` says too. kept: each task's rows, see texts."""
+    ROWS sequences together and as a multiple of dense in the same round; ms of these that went into deciding. At the
+    smallest share what `longer` says too. kept: each task's rows, see texts."""
     found: dict[Key, dict[str, float | None]] = {}
     done = 0
     with bars.task("timing (methods)", len(study.tasks) * len(methods) * (len(study.shares) + 1)) as advance:
@@ -130,7 +130,6 @@ def _beside(one: dict[str, float], dense: dict[str, float]) -> dict[str, float |
         "deciding_ms": one["deciding_ms"],
         "read_of_dense": one["read_ms"] / dense["read_ms"],
         "token_of_dense": one["token_ms"] / dense["token_ms"],
-        "bytes_of_dense": one["bytes"] / dense["bytes"],
     }
 
 
@@ -144,14 +143,13 @@ def _once(model, rows: TaskBatch, around) -> dict[str, float]:
     with around(model, rows) if around else nullcontext():
         _feed(model, ids[:, :end], held)
     read = time.perf_counter() - start
-    live = held.live_bytes()
     start = time.perf_counter()
     for column in range(end, ids.shape[1]):
         _feed(model, ids[:, column : column + 1], held)
     later = time.perf_counter() - start
     deciding, state.decisions = state.decisions.seconds, None
     steps = max(1, ids.shape[1] - end)
-    return {"read_ms": 1e3 * read, "token_ms": 1e3 * later / steps, "deciding_ms": 1e3 * deciding, "bytes": float(live)}
+    return {"read_ms": 1e3 * read, "token_ms": 1e3 * later / steps, "deciding_ms": 1e3 * deciding}
 
 
 def _feed(model, ids: Tensor, held: PrunedCache) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from pipelines.policy_study.table import LEARNED, better, missed
+from pipelines.policy_study.table import LEARNED, better, differences, missed
 
 
 def losers(made: list[dict]) -> list[str]:
@@ -46,7 +46,16 @@ def _beaten(row: dict, best: dict) -> str:
     start = f"{_where(row)} {_told(row)} does not beat {best['method']} {_told(best)}, the best without learning"
     if row["seeds"] == 1:
         return f"{start}."
-    return f"{start}: {'it answers less with every seed' if better(best, row) else 'some seeds answer less'}."
+    found = differences(row, best)
+    if better(best, row):
+        said = "it answers less with every seed"
+    elif not found:
+        said = "their models differ, and their ranges overlap"
+    elif min(found) < 0:
+        said = "some seeds answer less"
+    else:
+        said = f"{'some seeds answer' if max(found) > 0 else 'every seed answers'} as much"
+    return f"{start}: {said}."
 
 
 def _over(times: float | None) -> bool:

@@ -14,8 +14,10 @@ from pipelines.table import escape_markdown, number
 
 POINTS = "points.jsonl"
 UNKNOWN = ("agreement", "precision", "recall", "kept_and_difficulty", "seed")
-UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms")
+UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms", "taught_in", "against_dense", *table.CLOCK)
 """Numbers that a point need not have."""
+REACHED = ("even_from", "repaid")
+"""Numbers that are looked for only in some points: there, none says that it was not found."""
 
 
 def points(folder: Path) -> list[dict]:
@@ -32,7 +34,8 @@ def points(folder: Path) -> list[dict]:
             point = None
         if not _is_point(point):
             raise UserError(f"{path}: line {place} is not a point of a study; run the study again to write it anew")
-        found.append(point | {name: number(point, name) for name in UNKNOWN})
+        told = {name: number(point, name) for name in (*UNKNOWN, *(name for name in REACHED if name in point))}
+        found.append(point | told)
     if not found:
         raise UserError(f"{path} is empty: run the study again, it goes on where it stopped")
     return found

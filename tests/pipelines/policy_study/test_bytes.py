@@ -31,6 +31,7 @@ def bytes_held(model) -> int:
     total = 0
     for index in range(ROWS // BATCH):
         rows, held = TASK.batch("validation", 0, index, BATCH), PrunedCache(page=16)
+        held.prompt = torch.full((BATCH,), rows.end)
         with torch.no_grad():
             model(rows.input_ids[:, : rows.end], past_key_values=held, use_cache=True)
         total += held.live_bytes()
@@ -61,9 +62,28 @@ def test_with_the_same_number_of_keys_they_would_have_more(monkeypatch):
     assert held > 1.05 * 0.5
 
 
-def test_only_gates_keep_more_than_keys_and_values():
-    def more(method) -> bool:
-        model = small_model.build(TASK.vocab_size, small_model.Shape(), 0)
-        return methods.key_bytes(ctxprune.retrofit(model, method.policy(0.5))) > 1.0
+RULES = [one for one in methods.METHODS if not (one.prepare or one.around or one.shown or one.adaptive)]
 
-    assert [method.name for method in methods.METHODS if more(method)] == ["learned gates"]
+
+@pytest.mark.parametrize("method", RULES, ids=[method.name for method in RULES])
+def test_the_cache_of_every_rule_holds_the_bytes_of_its_keys_alone(method):
+    """Whatever it counts on the way (sums, ages, norms) is gone where the questions begin, or would be bytes."""
+    model = ctxprune.retrofit(small_model.build(TASK.vocab_size, small_model.Shape(), 0), method.policy(0.5))
+    dense = ctxprune.retrofit(small_model.build(TASK.vocab_size, small_model.Shape(), 0), DenseConfig())
+    kept = measure(model, TASK, ROWS, split="validation").kept.mean().item()
+    assert methods.key_bytes(model) == 1.0
+    assert bytes_held(model) / bytes_held(dense) == pytest.approx(kept, rel=1e-6)
+
+
+def test_a_share_of_bytes_is_handed_on_as_a_share_of_keys(monkeypatch):
+    monkeypatch.setattr("pipelines.policy_study.thresholds.ROWS", ROWS)
+    asked = []
+
+    def spying(model, task, share, seed) -> None:
+        varied(model, task, share, seed)
+        asked.append(share)
+
+    (gates,) = methods.named(["learned gates"])
+    model = small_model.build(TASK.vocab_size, small_model.Shape(), 0)
+    model = methods.retrofitted(replace(gates, prepare=spying), model, TASK, 0.5, 0)
+    assert asked == [pytest.approx(0.5 / methods.key_bytes(model))] and methods.key_bytes(model) > 1.05

@@ -41,6 +41,11 @@ PLANTED = [
         "the best without learning: some seeds answer less.",
     ),
     (
+        several("LTP", "taught", (0.8, 0.9)),
+        "recall at 0.25: LTP (0.850, 0.800 to 0.900 in 2 seeds) does not beat H2O (0.850, 0.800 to 0.900 in 2 seeds), "
+        "the best without learning: every seed answers as much.",
+    ),
+    (
         several("LTP", "taught", (0.99, 0.99), kept=0.26),
         "recall at 0.25: LTP missed its budget: it kept 0.260 of the bytes with one seed, 4.0% more than asked.",
     ),
@@ -52,10 +57,42 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("more", "sentence"), PLANTED, ids=["below", "overlap", "budget", "slow"])
+@pytest.mark.parametrize(("more", "sentence"), PLANTED, ids=["below", "overlap", "tie", "budget", "slow"])
 def test_a_planted_loss_is_one_sentence(more, sentence):
     assert losses.losers(table.rows(WINS + more)) == [sentence]
     assert "lost none" not in losses.compared(table.rows(WINS + more))
+
+
+def test_seeds_of_other_models_are_not_set_against_each_other():
+    """Another machine trains another model from the same seed: what it answers with everything kept tells."""
+    first = [record("H2O", "attention", right, seed, against_dense=-0.1) for seed, right in enumerate((0.8, 0.9))]
+
+    def beside(*rights: float, against: float) -> list[dict]:
+        again = [record("LTP", "taught", right, seed, against_dense=against) for seed, right in enumerate(rights)]
+        return table.rows(first + again)
+
+    one, other = beside(0.81, 0.91, against=-0.05)
+    assert table.differences(other, one) == [] and not table.better(other, one)
+    (told,) = losses.losers([one, other])
+    assert told.endswith("their models differ, and their ranges overlap.")
+    one, same = beside(0.81, 0.91, against=-0.09)
+    assert table.better(same, one) and table.differences(same, one) == pytest.approx([0.01, 0.01])
+    one, apart = beside(0.95, 0.97, against=-0.03)
+    assert table.better(apart, one)
+
+
+def test_one_seed_says_little_and_a_missed_budget_is_named():
+    (line,) = table.verdicts(table.rows([record("H2O", "attention", 0.8, 0), record("agent", "reward", 0.9, 0)]))
+    assert line.endswith("; one seed says little")
+    (line,) = table.verdicts(table.rows([*WINS, *several("DMS", "fine-tuned", (0.98, 0.99), kept=0.26)]))
+    assert line.endswith("(not at its budget: DMS)")
+
+
+def test_a_point_with_a_number_that_is_none_is_read_without_it(tmp_path):
+    folder = written(tmp_path / "policies", [WINS[0] | {"taught_in": "fast", "even_from": "soon", "repaid": None}])
+    (found,) = page.points(folder)
+    assert (found["taught_in"], found["even_from"], found["repaid"]) == (None, None, None)
+    assert table.rows([found])[0]["taught_in"] is None
 
 
 def test_who_is_better_on_every_model_loses_nothing_though_ranges_overlap():
