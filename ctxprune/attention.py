@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import kernels
-from ctxprune import decoding
+from ctxprune import decoding, kernels
 from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.calls import Attends, Hard, PruningState, Soft
 from ctxprune.errors import UserError

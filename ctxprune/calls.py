@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-import kernels
+from ctxprune import kernels
 from ctxprune.cache.capping import enforce
 from ctxprune.cache.cold_store import archive
 from ctxprune.cache.layer_cache import LayerCache

@@ -13,17 +13,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-import kernels
-from ctxprune import ranked_calls
+from ctxprune import kernels, ranked_calls
 from ctxprune.cache.new_tokens import Arrival, NewTokens
 from ctxprune.cache.pinning import pinned_at
 from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.calls import Cached, Hard
 from ctxprune.errors import UserError
+from ctxprune.kernels.decode.pages import NEVER
 from ctxprune.policies.rule import FOREVER
 from ctxprune.ranked_calls import CachedRanked, goes_on
 from ctxprune.visibility import Layout, ends, layout
-from kernels.decode.pages import NEVER
 
 
 def decide(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.decode.native_path import interactions
+from ctxprune.kernels.decode.native_path import interactions
 
 INITIAL_STD = 0.02
 """Standard deviation of the gates' initial weights (arXiv 2305.15805, appendix)."""

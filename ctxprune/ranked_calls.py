@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-import kernels
+from ctxprune import kernels
 from ctxprune.cache.pruned_cache import SPARE, PrunedCache
 from ctxprune.cache.watched_layer import Known, WatchedLayer
 from ctxprune.errors import UserError
+from ctxprune.kernels.decode.pages import NEVER
 from ctxprune.policies.rule import Ranking
 from ctxprune.policies.scorer import Arrivals
 from ctxprune.precision import exact
 from ctxprune.ranking import Table, at_prompt_end, by_step, on_arrival
-from kernels.decode.pages import NEVER
 
 
 @dataclass

@@ -117,7 +117,7 @@ def transformers() -> Iterator[Finding]:
 
 def kernels() -> Iterator[Finding]:
     """Every implementation of every operation, and why one cannot run here."""
-    describe = getattr(importlib.import_module("kernels"), "describe", None)
+    describe = getattr(importlib.import_module("ctxprune.kernels"), "describe", None)
     for row in describe() if describe else []:
         detail = row.get("reason") or "available"
         yield Finding(f"kernels {row['operation']} {row['implementation']}", "ok" if row["available"] else "no", detail)

@@ -33,7 +33,7 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in ("ctxprune", "kernels", "pipelines"):
+    for name in ("ctxprune", "pipelines"):
         logging.getLogger(name).setLevel(logging.INFO)
 
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctxprune
-import kernels
-from ctxprune import UserError, generate
+from ctxprune import UserError, generate, kernels
 from ctxprune.checkpoint import WEIGHTS
 from ctxprune.evaluation import evaluate
+from ctxprune.kernels.soft_attention import torch_path
 from ctxprune.retrofitting import set_alpha, wrappers
 from ctxprune.text.batches import Batch
-from kernels.soft_attention import torch_path
 from tests.models import FAMILIES, LAYERS, decode, disagreement, gated, small_model, tokens
 
 
@@ -181,7 +180,7 @@ def counted(call) -> Operations:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Arguments are searched for NaN only where that is free: on the CPU."""
-    monkeypatch.setattr("kernels.checks.free_to_look", lambda tensor: False)
+    monkeypatch.setattr("ctxprune.kernels.checks.free_to_look", lambda tensor: False)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

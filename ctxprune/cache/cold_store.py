@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ctxprune.cache.layer_cache import LayerCache
-from kernels.decode.pages import NEVER, Order, order_of
+from ctxprune.kernels.decode.pages import NEVER, Order, order_of
 
 COLD_PAGE = 16
 """Keys per page of the cold store: smaller ones are bounded more tightly, and their sketches take an eighth of their

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ctxprune.cache.page_pool import OF_A_ROW, PagePool, PoolFull, wider
-from kernels.decode.native_path import takeable_slots
-from kernels.decode.pages import NEVER, Slots, order_of
+from ctxprune.kernels.decode.native_path import takeable_slots
+from ctxprune.kernels.decode.pages import NEVER, Slots, order_of
 
 AHEAD = 32
 """Tokens for which a row is given room at once."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kernels.decode.pages import Pages, order_of
+from ctxprune.kernels.decode.pages import Pages, order_of
 
 GROWTH = 8
 """A pool that is full grows by this part of itself at least, so that growing costs little per token."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from ctxprune.cache.cold_store import ColdStore, bring_back
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.errors import UserError
+from ctxprune.kernels.decode.pages import NEVER, Order, order_of
+from ctxprune.kernels.decode.torch_path import attend
 from ctxprune.precision import exactly
-from kernels.decode.pages import NEVER, Order, order_of
-from kernels.decode.torch_path import attend
 
 
 @dataclass

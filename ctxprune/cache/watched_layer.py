@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctxprune.cache.layer_cache import LayerCache
+from ctxprune.kernels.decode.pages import NEVER, order_of
 from ctxprune.policies.scorer import Scorer
 from ctxprune.precision import exact
 from ctxprune.ranking import Keys
-from kernels.decode.pages import NEVER, order_of
 
 
 @dataclass

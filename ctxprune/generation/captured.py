@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import kernels
+from ctxprune import kernels
 from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.ranked_calls import goes_on
 from ctxprune.retrofitting import state_of, wrappers

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import kernels
+from ctxprune import kernels
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.errors import UserError
+from ctxprune.kernels.decode.pages import NEVER
 from ctxprune.replay import Context, read
-from kernels.decode.pages import NEVER
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Of the context's keys, at which the table is measured."""

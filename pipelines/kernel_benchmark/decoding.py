@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import kernels
-from kernels.decode.pages import NEVER
+from ctxprune import kernels
+from ctxprune.kernels.decode.pages import NEVER
 from pipelines.config import KernelsConfig
 from pipelines.kernel_benchmark import clock, pools
 from pipelines.kernel_benchmark.formulation import masked

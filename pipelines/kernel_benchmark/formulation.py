@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import kernels
+from ctxprune import kernels
 from pipelines.kernel_benchmark.problem import Problem
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.decode import native_path
+from ctxprune import kernels
+from ctxprune.kernels.decode import native_path
 from pipelines.kernel_benchmark.problem import Problem
 
 NO_GATES = "SDPA, no gates"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from kernels.decode.pages import NEVER, Pages
+from ctxprune.kernels.decode.pages import NEVER, Pages
 from pipelines.kernel_benchmark.problem import Problem, drop_times
 
 PAGE = 64

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import kernels
+from ctxprune import kernels
 from pipelines.config import KernelsConfig
 from pipelines.kernel_benchmark import flex
 from pipelines.kernel_benchmark.formulation import masked, reference_step, visible_pairs

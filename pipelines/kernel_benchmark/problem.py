@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-import kernels
+from ctxprune import kernels
 from pipelines.config import KernelsConfig
 
 SEED = 0

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-import kernels
-from ctxprune import attention, checkpoint
+from ctxprune import attention, checkpoint, kernels
 from ctxprune.calls import Hard, Soft
 from ctxprune.checkpoint import model_folder
 from ctxprune.errors import UserError

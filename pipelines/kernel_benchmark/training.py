@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import kernels
+from ctxprune import kernels
 from pipelines.config import KernelsConfig
 from pipelines.kernel_benchmark.formulation import plain_formulation, reference_formulation, reference_made_strong
 from pipelines.kernel_benchmark.peer import NO_GATES, REFERENCE, Peer, Prepare, Prepared, implementations

@@ -8,9 +8,9 @@ import transformers as tf
 
 import ctxprune
 from ctxprune import GateConfig, UserError
+from ctxprune.kernels.soft_attention import reference
 from ctxprune.objective import kept_share, next_token_loss
 from ctxprune.retrofitting import gate_parameters, set_alpha, state_of, wrappers
-from kernels.soft_attention import reference
 from tests.models import FAMILIES, GPT2, LAYERS, WINDOW, gated, open_gates, small_model, tokens
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ctxprune
-import kernels
+from ctxprune import kernels
 from ctxprune.cache.pruned_cache import PrunedCache
-from kernels.decode import native_path, torch_extend, torch_path
+from ctxprune.kernels.decode import native_path, torch_extend, torch_path
 from tests.models import FAMILIES, decode, disagreement, gated, small_model, tokens
 
 N = 32

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ctxprune
-import kernels
+from ctxprune import kernels
 from ctxprune.retrofitting import wrappers
 from ctxprune.text.corpus import stdlib_documents
 from ctxprune.text.tokenizer import train_tokenizer

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-import kernels
-from kernels.decode import native_path
+from ctxprune import kernels
+from ctxprune.kernels.decode import native_path
 from pipelines import kernel_benchmark, output
 from pipelines.config import Config, KernelsConfig
 from pipelines.kernel_benchmark import OPERATIONS, clock, lines, memory, problem
@@ -175,7 +175,7 @@ def test_drop_times_that_are_late_are_not_timed(monkeypatch, capsys):
 
 
 def test_gates_that_are_wrong_are_not_timed(monkeypatch, capsys):
-    from kernels.soft_attention import torch_gates
+    from ctxprune.kernels.soft_attention import torch_gates
 
     right = torch_gates.log_alpha_sigmoid
     monkeypatch.setattr(torch_gates, "log_alpha_sigmoid", lambda x, alpha: right(x * 1.001, alpha))

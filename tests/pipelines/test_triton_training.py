@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import kernels
+from ctxprune import kernels
 from pipelines import engine
 from pipelines.config import EngineConfig, TrainConfig
 

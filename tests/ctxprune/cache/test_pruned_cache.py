@@ -10,8 +10,8 @@ import ctxprune
 from ctxprune import PrunedCache
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.cache.page_pool import STORED, PagePool
+from ctxprune.kernels.decode.pages import NEVER
 from ctxprune.retrofitting import wrappers
-from kernels.decode.pages import NEVER
 from tests.models import LAYERS, decode, gated, small_model, tokens
 
 PER_TOKEN = (2 * 2 * 8 + 4) * 4

@@ -10,7 +10,7 @@ from ctxprune import Alarm, PrunedCache, UserError, generate
 from ctxprune.cache.cold_store import COLD_PAGE, ColdStore, archive
 from ctxprune.cache.layer_cache import LayerCache
 from ctxprune.cache.revival import attend_again, bounds, live_mass
-from kernels.decode.pages import NEVER
+from ctxprune.kernels.decode.pages import NEVER
 from tests.models import LAYERS, gated, small_model, tokens
 
 
