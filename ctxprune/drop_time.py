@@ -81,11 +81,12 @@ def forward_with_drop_times(
 ) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
     """Drop times and logits of one pass under the step function; inputs as for drop_times."""
     state = state_of(model)
+    before = state.record  # a PruningSchedule's, in the middle of a training
     state.record, state.prompt = {}, None if prompt is None else prompt.to(input_ids.device)
     try:
         with mode(model, "hard"):
             logits = model(input_ids, use_cache=False, **inputs).logits
         taken = DropTimes(state.recorded(), state.documents.end)
     finally:
-        state.record = state.prompt = None
+        state.record, state.prompt = before, None
     return taken, logits

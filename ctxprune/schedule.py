@@ -6,6 +6,8 @@ The pipelines train with it, and so can any loop of torch, `accelerate` or trans
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from ctxprune.budget import SparsityController, calibrate
 from ctxprune.drop_time import DropTimes
 from ctxprune.errors import UserError
 from ctxprune.objective import alpha_at, kept_share
-from ctxprune.retrofitting import gate_parameters, state_of
+from ctxprune.retrofitting import gate_parameters, state_of, wrappers
 from ctxprune.text.batches import Batch
 from ctxprune.visibility import visible_pairs
 
@@ -30,7 +32,8 @@ class PruningSchedule:
     """Sharpens the gates and steers the weight of their penalty over a training (arXiv 2305.15805, section 3).
 
     Add `penalty()` to the loss of every batch, call `step()` after every optimizer step, as with a learning-rate
-    schedule, and `settle` at the end. Under torch.distributed every rank has a schedule of its own, and all agree.
+    schedule, and `settle` at the end. Under torch.distributed every rank has a schedule of its own, and all agree. A
+    training that is resumed needs `state_dict`, as that of a learning-rate schedule.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class PruningSchedule:
         self.goal: float | None = None
         """What the controller asked of the last step."""
         self.done = 0
-        self._alphas, self._kept = (alpha_start, alpha_end, alpha_steps), torch.zeros(())
+        self._alphas = alpha_start, alpha_end, alpha_steps
+        self._passed: tuple[DropTimes, Tensor] | None = None
+        """Drop times and kept share of the last training pass, where they are measured."""
         self._begin()
 
     def penalty(self, weight: float = 1.0) -> Float[Tensor, ""]:
@@ -80,8 +85,11 @@ class PruningSchedule:
         """
         if not state_of(self.model).survival or not self.model.training:
             raise UserError("no soft gates have been passed: call model.train(), then the model, then penalty()")
-        kept = kept_share(self.model)
-        self._kept = kept.detach()
+        kept, state = kept_share(self.model), state_of(self.model)
+        if state.record:
+            # Taken now: what is read before step(), by a teacher or a validation, is not this pass.
+            self._passed = DropTimes(state.recorded(), state.documents.end), kept.detach()
+            state.record = {}
         return self.gamma * weight * kept
 
     def step(self) -> None:
@@ -91,8 +99,8 @@ class PruningSchedule:
             return
         self.sparsity = self.sparsity_soft = None
         state = state_of(self.model)
-        if state.record:
-            self.sparsity, self.sparsity_soft = self._measured(state)
+        if self._passed is not None:
+            self.sparsity, self.sparsity_soft = self._measured(*self._passed)
             if self.controller is not None:
                 # Near alpha = 1 the step function drops nothing yet while the soft gates already decay: watching it
                 # then drives gamma up, and the sparsity overshoots once the gates sharpen.
@@ -100,20 +108,43 @@ class PruningSchedule:
                 self.gamma = self.controller.update(watched, self._progress)
         if self.controller is not None:
             self.goal = self.controller.goal(self._progress)
-        state.record = None
+        state.record = self._passed = None
         self.done += 1
         if self.done < self.steps:
             self._begin()
 
     def settle(self, input_ids: Iterable[Int64[Tensor, "batch n"]]) -> float:
         """Shift every threshold by one common amount, so that on these rows, a document each, exactly the target is
-        dropped; returns the shift. UserError without a target, and if no shift reaches it."""
+        dropped; returns the shift. Under torch.distributed every rank takes the one of rank 0's rows. UserError without
+        a target, if no shift reaches it, and for gates that are sharded: settle the gathered model.
+        """
         if self.target is None:
             raise UserError("the schedule has no sparsity to settle on: give it one")
         batches = [Batch(ids, torch.arange(ids.shape[1]).expand(ids.shape)) for ids in input_ids]
         if not batches:
             raise UserError("there are no rows to settle on: give some batches of training text")
-        return calibrate(self.model, batches, self.target)
+        gates = [wrapper.rule.gate for wrapper in wrappers(self.model)]
+        offsets = [gate.beta for gate in gates if gate is not None]
+        if any(not beta.numel() for beta in offsets):
+            raise UserError("these gates are sharded (ZeRO 3): gather or save the model, load it, and settle that")
+        shift = torch.tensor(calibrate(self.model, batches, self.target), device=offsets[0].device)
+        if dist.is_initialized():
+            for value in (shift, *(beta.data for beta in offsets)):
+                dist.broadcast(value, 0)
+        return shift.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values from which `load_state_dict` goes on."""
+        controller = None if self.controller is None else asdict(self.controller)
+        return {"done": self.done, "gamma": self.gamma, "controller": controller}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a schedule of the same settings stood."""
+        self.done, self.gamma = state["done"], state["gamma"]
+        if self.controller is not None:
+            self.controller = SparsityController(**state["controller"])
+        if self.done < self.steps:
+            self._begin()
 
     @property
     def _progress(self) -> float:
@@ -126,11 +157,10 @@ class PruningSchedule:
         state.alpha = alpha_at(self._progress / share, start, end)
         state.record = {} if self.done % MEASURE_EVERY == 0 or self.done + 1 == self.steps else None
 
-    def _measured(self, state) -> tuple[float, float]:
+    def _measured(self, taken: DropTimes, kept: Tensor) -> tuple[float, float]:
         """Sparsity of the step just taken, (step function, soft gates), over the rows of all ranks."""
-        end = state.documents.end
-        taken, pairs = DropTimes(state.recorded(), end), visible_pairs(end).sum().double()
-        counts = torch.stack([taken.kept_pairs().double().sum() / state.layers, self._kept.double() * pairs, pairs])
+        layers, pairs = len(taken.drop_time), visible_pairs(taken.document_end).sum().double()
+        counts = torch.stack([taken.kept_pairs().double().sum() / layers, kept.double() * pairs, pairs])
         if dist.is_initialized():
             dist.all_reduce(counts)
         hard, soft = (1.0 - counts[:2] / counts[2].clamp(min=1)).tolist()

@@ -23,6 +23,8 @@ from pipelines.engine import quiet_environment
 from pipelines.worker import METRICS, Job, work
 
 POLL_SECONDS = 0.5
+PASSED_ON = ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE")
+"""Of our environment, to the processes of a cluster that is joined."""
 
 
 @dataclasses.dataclass
@@ -57,14 +59,17 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
             gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
             ray.shutdown()
         environment = quiet_environment(cluster.cpus_per_worker, gpus > 0)
+        if cluster.address is not None:  # gated models and a shared cache; a local cluster has our environment
+            environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         ray.init(**how, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
-    except (OSError, ray.exceptions.RayError) as error:  # ConnectionError where "auto" finds none
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        # Nobody there (ConnectionError), no address, another version of Ray, another token.
         ray.shutdown()
         if cluster.address is None:
             raise
         raise UserError(
-            f"no Ray cluster answers at cluster.address={cluster.address} ({first_line(error)}): start one with `ray "
-            "start --head`, RAY_AUTH_MODE=token and the same token there and here"
+            f"no Ray cluster answers at cluster.address={cluster.address} ({first_line(error)}): give auto or "
+            "HOST:PORT of one started with `ray start --head`, with RAY_AUTH_MODE=token and the same ~/.ray/auth_token"
         ) from error
     try:
         yield

@@ -89,8 +89,6 @@ def quiet_environment(cores: int, cuda: bool) -> dict[str, str]:
         "DEEPSPEED_LOG_LEVEL": "error",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
-    # Gated models and a shared cache: on other hosts too.
-    environment |= {name: os.environ[name] for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE") if name in os.environ}
     if not cuda:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return environment

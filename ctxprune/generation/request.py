@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,10 @@ def ends_of(eos_token_id: EndOfText) -> frozenset[int]:
     """The tokens that end a text."""
     if eos_token_id is None:
         return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    try:
+        return frozenset([operator.index(eos_token_id)])  # type: ignore[arg-type]
+    except TypeError:  # several; a token may be a number of numpy or torch too
+        return frozenset(operator.index(one) for one in eos_token_id)  # type: ignore[union-attr]
 
 
 @dataclass(eq=False)

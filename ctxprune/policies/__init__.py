@@ -59,8 +59,10 @@ def register(config: type) -> type:
     """Let checkpoints know a policy of one's own by its name (a class decorator): call it before saving and before
     loading. UserError for a name that is another's."""
     name = config.policy  # type: ignore[attr-defined]
-    if POLICIES.setdefault(name, config) is not config:
+    there = POLICIES.get(name, config)
+    if (there.__module__, there.__qualname__) != (config.__module__, config.__qualname__):  # else: defined anew
         raise UserError(f"{name!r} is the name of {POLICIES[name].__name__}: give {config.__name__} another")
+    POLICIES[name] = config
     return config
 
 

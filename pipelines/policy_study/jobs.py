@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ctxprune
+from ctxprune.checkpoint import digest
 from ctxprune.policies import DenseConfig
 from ctxprune.tasks.scoring import paired_bootstrap, pearson
 from pipelines import store
@@ -93,7 +94,8 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
     )
-    point = summary(found, dense) | notes
+    weights = store.folder_of(root, "study-model", inputs["model"]) / "model" / "model.safetensors"
+    point = summary(found, dense) | notes | {"model": digest(weights)[:16]}
     store.write_json(staged / "point.json", point | {"cache": point["kept"] * notes["key_bytes"]})
 
 

@@ -15,6 +15,7 @@ from pipelines.config import Config
 from pipelines.machine import machine, versions
 from pipelines.policy_study import clock, jobs, plots, table, texts
 from pipelines.policy_study.methods import Method, named
+from pipelines.preflight import check_cluster
 from pipelines.progress import Bars
 
 
@@ -24,6 +25,7 @@ def main(config: Config, overrides: list[str]) -> int:
         if item.is_sweep_override():
             raise UserError(f"{item.input_line}: a study takes lists, e.g. study.shares=[0.5,0.25]")
     methods = checked(config)
+    check_cluster(config.cluster)
     root, folder = Path(config.runs) / "store", Path(config.runs) / config.sweep.name
     rows = {name: texts.rows_of(root, config.study, name) for name in config.study.tasks}
     with Bars() as bars, store.locked(folder):

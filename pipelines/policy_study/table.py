@@ -69,7 +69,7 @@ def rows(records: list[dict]) -> list[dict]:
         row |= {name: several[0][name] for name in ("decides", "aware", "adaptive")}
         row |= {"seeds": len(several), "of_seeds": len(seeds[task]), "lowest": min(r["right"] for r in several)}
         row |= {"highest": max(r["right"] for r in several)}
-        row["by_seed"] = {r["seed"]: (r["right"], _dense(r)) for r in several}
+        row["by_seed"] = {r["seed"]: (r["right"], r.get("model"), _dense(r)) for r in several}
         row["cache_worst"] = max((r["cache"] for r in several), key=lambda cache: abs(cache - share))
         for name in (*MEANS, *CLOCK):
             row[name] = _mean([r.get(name) for r in several])
@@ -121,16 +121,19 @@ def verdicts(made: list[dict]) -> list[str]:
 
 
 def differences(row: dict, rival: dict) -> list[float]:
-    """By how much more the first answers, seed by seed, where both are of the same model and the same questions."""
+    """By how much more the first answers, seed by seed: the same model and the same questions; none where a seed that
+    both have is of two models."""
     mine, theirs = row["by_seed"], rival["by_seed"]
     pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
-    return [one[0] - other[0] for one, other in pairs if _same_model(one[1], other[1])]
+    return [one[0] - other[0] for one, other in pairs] if all(_same_model(*pair) for pair in pairs) else []
 
 
-def _same_model(dense: float | None, other: float | None) -> bool:
-    """By what they answer with everything kept, up to rounding: another answer of 2,048 contexts of 8 moves it by 6e-5.
-    Points of before that was written say nothing, and count as the same."""
-    return dense is None or other is None or abs(dense - other) < 1e-5
+def _same_model(one: tuple, other: tuple) -> bool:
+    """By a digest of the weights, else by what they answer with everything kept, up to rounding: another answer of
+    2,048 contexts of 8 moves it by 6e-5. Points of before that was written say nothing, and count as the same."""
+    if None not in (one[1], other[1]):
+        return one[1] == other[1]
+    return None in (one[2], other[2]) or abs(one[2] - other[2]) < 1e-5
 
 
 def better(row: dict, rival: dict) -> bool:

@@ -311,6 +311,9 @@ def test_a_policy_of_ones_own_is_saved_and_loaded_once_it_is_registered(tmp_path
     with torch.no_grad():
         ids = tokens(1, 20)
         assert torch.equal(load(tmp_path / "model")(ids).logits, model(ids).logits)
+    again = type("OwnConfig", (RecencyConfig,), {"policy": "own"})  # a notebook's cell, run twice
+    again.__module__ = OwnConfig.__module__
+    assert policies.register(again) is policies.POLICIES["own"] is again
     with pytest.raises(UserError, match="is the name of RecencyConfig"):
         policies.register(type("OtherConfig", (OwnConfig,), {"policy": "recency"}))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, get_linear_schedule_with_warmup
@@ -9,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, get_linear_schedule_
 import ctxprune
 from ctxprune import PruningSchedule, UserError
 from ctxprune.drop_time import drop_times
-from ctxprune.retrofitting import state_of
+from ctxprune.retrofitting import state_of, wrappers
 from ctxprune.visibility import visible_pairs
 
 STEPS, LENGTH = 400, 48
@@ -78,6 +81,71 @@ def test_a_weight_of_ones_own_stays_and_nothing_moves_after_the_last_step():
     assert (schedule.done, state_of(model).alpha) == (12, seen[-1]["alpha"])
     with pytest.raises(UserError, match="give it one"):
         schedule.settle([rows(0)])
+
+
+def test_what_is_read_between_penalty_and_step_is_not_measured():
+    """A teacher's dense pass, or a validation, on the same model."""
+    measured = []
+    for disturb in (False, True):
+        model = made()
+        for wrapper in wrappers(model):
+            wrapper.rule.gate.beta.data.fill_(0.0)
+        schedule = PruningSchedule(model, 8, sparsity=0.5, alpha_start=6.0)
+        for step in range(5):
+            model(rows(step), use_cache=False)
+            schedule.penalty()
+            if disturb:
+                drop_times(model, rows(99)[:2])
+                with torch.no_grad(), ctxprune.mode(model, "dense"):
+                    model(rows(99), use_cache=False)
+            schedule.step()
+            if disturb:
+                drop_times(model, rows(98)[:2])
+            measured.append((schedule.sparsity, schedule.sparsity_soft, schedule.gamma))
+    assert measured[:5] == measured[5:] and 0 < measured[4][0] < 1
+
+
+def test_a_training_that_is_resumed_goes_on_where_it_stood():
+    def run(schedule, first: int, last: int) -> list:
+        seen = []
+        for step in range(first, last):
+            schedule.model(rows(step), use_cache=False)
+            schedule.penalty()
+            schedule.step()
+            seen.append((schedule.gamma, schedule.goal, schedule.sparsity_soft, state_of(schedule.model).alpha))
+        return seen
+
+    whole = run(PruningSchedule(made(), 20, sparsity=0.5), 0, 20)
+    half = PruningSchedule(made(), 20, sparsity=0.5)
+    run(half, 0, 10)
+    resumed = PruningSchedule(made(), 20, sparsity=0.5)
+    resumed.load_state_dict(json.loads(json.dumps(half.state_dict())))
+    assert run(resumed, 10, 20) == whole[10:]
+    assert run(PruningSchedule(made(), 20, sparsity=0.5), 10, 20) != whole[10:]
+
+
+def _rank(rank: int, store: str, found) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = made()
+    shift = PruningSchedule(model, 2, sparsity=0.3).settle([rows(rank)])
+    found.put((rank, shift, [wrapper.rule.gate.beta.item() for wrapper in wrappers(model)]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_that_settle_on_other_rows_take_the_same_thresholds(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    found = spawn.Queue()
+    ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path / "group"), found)) for rank in range(2)]
+    for one in ranks:
+        one.start()
+    (_, *first), (_, *second) = sorted(found.get(timeout=120) for _ in ranks)
+    for one in ranks:
+        one.join()
+    assert first == second
+    alone = [PruningSchedule(made(), 2, sparsity=0.3).settle([rows(rank)]) for rank in range(2)]
+    assert first[0] == pytest.approx(alone[0]) and alone[0] != alone[1], "rank 0's rows decide"
 
 
 def test_the_penalty_is_gamma_times_what_was_kept():

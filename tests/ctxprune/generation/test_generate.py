@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import ctxprune
 from ctxprune import UserError, generate
+from ctxprune.generation.request import ends_of
 from ctxprune.generation.sampling import Sampling, pick
 from ctxprune.retrofitting import state_of, wrappers
 from tests.models import LAYERS, VOCAB, gated, small_model, tokens
@@ -52,6 +54,13 @@ def test_each_row_ends_at_its_own_end_of_text_and_leaves_the_cache():
     made = generate(model, ids, max_new_tokens=20, eos_token_id=either)
     ends = [next((place for place, token in enumerate(row) if token in either), 19) for row in free]
     assert [row.tolist() for row in made.tokens] == [row[: end + 1] for row, end in zip(free, ends, strict=True)]
+
+
+def test_a_token_that_ends_may_be_a_number_of_torch_or_numpy():
+    assert ends_of(torch.tensor(3)) == ends_of(np.int64(3)) == ends_of(3) == {3} and ends_of(None) == set()
+    assert ends_of(torch.tensor([3, 5])) == ends_of((np.int32(3), 5)) == {3, 5}
+    with pytest.raises(TypeError):
+        ends_of(3.5)
 
 
 def test_it_stops_when_every_row_has_ended():

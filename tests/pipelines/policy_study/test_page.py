@@ -77,6 +77,11 @@ def test_seeds_of_other_models_are_not_set_against_each_other():
     assert told.endswith("their models differ, and their ranges overlap.")
     one, same = beside(0.81, 0.91, against=-0.09)
     assert table.better(same, one) and table.differences(same, one) == pytest.approx([0.01, 0.01])
+    told = [one | {"model": "a" if one["method"] == "H2O" else "b"} for one in first]
+    again = [record("LTP", "taught", right, seed, model="b") for seed, right in enumerate((0.81, 0.91))]
+    assert table.differences(*table.rows(told + again)) == []
+    again = [one | {"model": "ab"[one["seed"]]} for one in again]
+    assert table.differences(*table.rows(told + again)) == [], "of two seeds only one is of the same model"
     one, apart = beside(0.95, 0.97, against=-0.03)
     assert table.better(apart, one)
 
