@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import ctxprune
-from ctxprune import GateConfig, UserError, checkpoint, policies
+from ctxprune import GateConfig, UserError, checkpoint
 from ctxprune.checkpoint import MANIFEST, PRUNING, WEIGHTS, load, load_base, save, seal
-from ctxprune.policies import FutureConfig, H2OConfig, LTPConfig, RecencyConfig
+from ctxprune.policies import FutureConfig, H2OConfig, LTPConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.retrofitting import gate_parameters, set_alpha, state_of, wrappers
 from tests.models import FAMILIES, GPT2, GROUPED, LAYERS, gated, small_model, tokens
@@ -277,48 +277,3 @@ def test_a_base_model_that_lacks_a_tensor_is_refused_by_name(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight"):
         load_base(str(tmp_path), 16)
-
-
-def test_a_trials_folder_is_as_good_as_its_model(tmp_path):
-    save(gated(), tmp_path / "TRIAL" / "train" / "model")
-    ids = tokens(1, 12)
-    with torch.no_grad():
-        wanted = load(tmp_path / "TRIAL" / "train" / "model")(ids).logits
-        assert torch.equal(load(tmp_path / "TRIAL")(ids).logits, wanted)
-
-
-def test_how_transformers_writes_with_it_comes_back(tmp_path):
-    model = gated()
-    model.generation_config.eos_token_id, model.generation_config.top_k = [3, 5], 7
-    save(model, tmp_path / "model")
-    back = load(tmp_path / "model").generation_config
-    assert (back.eos_token_id, back.top_k) == ([3, 5], 7)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnConfig(RecencyConfig):
-    policy = "own"
-
-
-def test_a_policy_of_ones_own_is_saved_and_loaded_once_it_is_registered(tmp_path, monkeypatch):
-    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
-    model = ctxprune.retrofit(small_model(), OwnConfig(when="step", budget=Budget(share=0.5)))
-    with pytest.raises(UserError, match=r"policies\.register\(OwnConfig\)"):
-        save(model, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-    assert policies.register(OwnConfig) is OwnConfig and policies.register(OwnConfig) is OwnConfig
-    save(model, tmp_path / "model")
-    with torch.no_grad():
-        ids = tokens(1, 20)
-        assert torch.equal(load(tmp_path / "model")(ids).logits, model(ids).logits)
-    again = type("OwnConfig", (RecencyConfig,), {"policy": "own"})  # a notebook's cell, run twice
-    again.__module__ = OwnConfig.__module__
-    assert policies.register(again) is policies.POLICIES["own"] is again
-    with pytest.raises(UserError, match="is the name of RecencyConfig"):
-        policies.register(type("OtherConfig", (OwnConfig,), {"policy": "recency"}))
-
-
-def test_transformers_own_saving_warns_that_it_cannot_be_loaded(tmp_path):
-    with pytest.warns(UserWarning, match=r"use ctxprune\.save"):
-        gated().save_pretrained(tmp_path / "model")
-    assert (tmp_path / "model" / "model.safetensors").is_file()
