@@ -13,6 +13,7 @@ from ctxprune import objective
 from ctxprune.budget import SparsityController
 from ctxprune.drop_time import DropTimes
 from ctxprune.retrofitting import gate_parameters, state_of
+from ctxprune.schedule import MEASURE_EVERY, SHARP_ALPHA
 from ctxprune.tasks import Task
 from ctxprune.tasks.scoring import in_context
 from ctxprune.text.batches import IGNORED
@@ -20,13 +21,11 @@ from pipelines.policy_study.measure import alive
 
 # What stays is found while gates are soft: sharp ones no longer learn from what they keep or drop for certain.
 _SOFT_UNTIL, _SHARP_FROM = 0.4, 0.8  # shares of the steps between which alpha rises from 1 to 8
-_SHARP_ALPHA = 4.0  # from here on soft and hard sparsity differ little, and the hard one is watched
 _WARM_UP = 30  # steps
 # Share of the steps over which the learning rates fall, and eps of AdamW. With 1e-8 rows that gates have not yet lost
 # move a model by whole steps of noise, until one step is too far; without gates that was not seen, and the shorter
 # fall answers more.
 _WITH_GATES, _WITHOUT = (0.6, 1e-5), (0.3, 1e-8)
-_MEASURE_EVERY = 4
 _BETAS = (0.9, 0.98)  # with 0.999 one hard row among solved ones moves a weight threefold, and the model is lost
 # A threshold that gives keys back loses no answers, one that takes more does: gates aim at less than their budget.
 _AIM = 0.9  # part of the budget
@@ -77,7 +76,7 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
             # The same step of a score changes the more of a gate, the sharper that is.
             group["lr"] = rate / state.alpha if group["gates"] else rate
         rows = task.batch("train", how.seed, step, how.batch)
-        measuring = controller is not None and step % _MEASURE_EVERY == 0
+        measuring = controller is not None and step % MEASURE_EVERY == 0
         state.record, state.prompt = {} if measuring else None, rows.context_end
         logits = model(rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
         asked = rows.answers != IGNORED
@@ -90,7 +89,7 @@ def fine_tune(model, task: Task, how: FineTuning, progress: Callable[[int, float
         optimizer.step()
         if controller is not None and measuring:
             gone = 1.0 - kept.item()
-            if state.alpha >= _SHARP_ALPHA:
+            if state.alpha >= SHARP_ALPHA:
                 left = alive(DropTimes(state.recorded(), state.documents.end), rows, questions_drop=True)
                 gone = 1.0 - (left.sum() / (left.shape[0] * in_context(rows).sum())).item()
             gamma = controller.update(gone, done)
