@@ -27,6 +27,8 @@ from pipelines.policy_study.methods import named, retrofitted
 
 FORMAT = 7
 """Raised when a step's output would differ for the same inputs; where only one method's would, its edition is."""
+SETTLING = 2
+"""Raised when the budgets of all that keep what a threshold keeps are set otherwise."""
 SHAPE = small_model.Shape()
 ROWS = 2048
 """Test rows per point, where the study does not say."""
@@ -52,6 +54,8 @@ def point_inputs(model: dict, method: str, share: float, rows: int, seconds: flo
     (found,) = named([method])
     if found.edition > 1:
         inputs["edition"] = found.edition
+    if found.adaptive:
+        inputs["settling"] = SETTLING
     return inputs if seconds is None or not found.limited else inputs | {"seconds": seconds}
 
 
@@ -86,7 +90,6 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     rows, (dense, said) = inputs["rows"], _dense(root, json.dumps(inputs["model"]), inputs["rows"])
     seed, seconds, notes = inputs["model"]["seed"], inputs.get("seconds"), {}
     torch.manual_seed(seed)  # gates and networks begin alike, whatever this process has measured before
-    # Thresholds are set on as many rows as are measured.
     model, told = small(root, inputs["model"]), {"seconds": seconds, "notes": notes, "rows": rows}
     model = retrofitted(method, model, task, inputs["share"], seed, **told)
     shown = partial(method.shown, share=inputs["share"]) if method.shown else None

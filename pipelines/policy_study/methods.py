@@ -30,7 +30,7 @@ from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
 from pipelines.policy_study import rewarded
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
 from pipelines.policy_study.measure import Outcome, measure
-from pipelines.policy_study.thresholds import settle
+from pipelines.policy_study.thresholds import meet
 from pipelines.policy_study.truncation import columns
 
 Kind = Literal["control", "importance", "attention", "gradient", "taught", "reward", "fine-tuned"]
@@ -59,8 +59,8 @@ DELAY = 4
 class Method:
     """name: in the table. policy: makes the policy of a budget. kind: where the decision comes from. prepare: teaches
     the model, once per budget; a rewarded.Report that it returns is asked when the budget is set. around: what each
-    batch needs. adaptive: the budget is the mean over inputs (a threshold set on validation rows), otherwise every
-    input keeps the same share. aware: has seen the questions when it decides: not possible in use, so these stand
+    batch needs. adaptive: the budget is the mean over inputs, what a threshold keeps; otherwise every input keeps the
+    same share. aware: has seen the questions when it decides: not possible in use, so these stand
     apart. shown: the columns that the model is given, by batch and share. limited: prepare also takes how many seconds
     it may last. told: needs a task that knows its truth. edition: raised when what this way does changes, so that
     its points are measured again, and only these."""
@@ -85,7 +85,8 @@ def retrofitted(
     """The model under this way to prune, keeping that share of each context's bytes (on average, where it is adaptive).
 
     seconds: how long it may be taught, where the method is limited. notes: takes down `taught_in`, the seconds that it
-    was, `key_bytes` and what the method reports. rows: that a threshold is set on.
+    was, `key_bytes`, `foreseen`, the share of bytes that thresholds set on validation rows would have kept, and what
+    the method reports. rows: that thresholds are set on, as many as are measured.
     """
     config, notes = method.policy(share), {} if notes is None else notes
     model, report = ctxprune.retrofit(model, config), None
@@ -96,7 +97,7 @@ def retrofitted(
         report = method.prepare(model, task, share, seed, *([seconds] if method.limited else []))
         notes["taught_in"] = time.perf_counter() - start
     if method.adaptive:
-        settle(model, task, share, rows)
+        notes["foreseen"] = meet(model, task, share, rows) * notes["key_bytes"]
     model.eval()
     if report is not None:
         notes |= report(model, task)

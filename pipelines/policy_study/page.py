@@ -14,7 +14,7 @@ from pipelines.table import escape_markdown, number
 
 POINTS = "points.jsonl"
 UNKNOWN = ("agreement", "precision", "recall", "kept_and_difficulty", "seed")
-UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms", "taught_in", "against_dense", *table.CLOCK)
+UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms", "taught_in", "against_dense", "foreseen", *table.CLOCK)
 """Numbers that a point need not have."""
 REACHED = ("even_from", "repaid")
 """Numbers that are looked for only in some points: there, none says that it was not found."""

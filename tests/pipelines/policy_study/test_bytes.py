@@ -30,7 +30,7 @@ def varied(model, task, share, seed) -> None:
 def bytes_held(model) -> int:
     total = 0
     for index in range(ROWS // BATCH):
-        rows, held = TASK.batch("validation", 0, index, BATCH), PrunedCache(page=16)
+        rows, held = TASK.batch("test", 0, index, BATCH), PrunedCache(page=16)
         held.prompt = torch.full((BATCH,), rows.end)
         with torch.no_grad():
             model(rows.input_ids[:, : rows.end], past_key_values=held, use_cache=True)
@@ -47,7 +47,7 @@ def bytes_of_gates(monkeypatch) -> tuple[float, float]:
         replace(gates, prepare=varied), small_model.build(TASK.vocab_size, small_model.Shape(), 0), TASK, 0.5, 0
     )
     dense = ctxprune.retrofit(small_model.build(TASK.vocab_size, small_model.Shape(), 0), DenseConfig())
-    said = measure(model, TASK, ROWS, split="validation").kept.mean().item() * methods.key_bytes(model)
+    said = measure(model, TASK, ROWS).kept.mean().item() * methods.key_bytes(model)
     return said, bytes_held(model) / bytes_held(dense)
 
 
@@ -70,7 +70,7 @@ def test_the_cache_of_every_rule_holds_the_bytes_of_its_keys_alone(method):
     """Whatever it counts on the way (sums, ages, norms) is gone where the questions begin, or would be bytes."""
     model = ctxprune.retrofit(small_model.build(TASK.vocab_size, small_model.Shape(), 0), method.policy(0.5))
     dense = ctxprune.retrofit(small_model.build(TASK.vocab_size, small_model.Shape(), 0), DenseConfig())
-    kept = measure(model, TASK, ROWS, split="validation").kept.mean().item()
+    kept = measure(model, TASK, ROWS).kept.mean().item()
     assert methods.key_bytes(model) == 1.0
     assert bytes_held(model) / bytes_held(dense) == pytest.approx(kept, rel=1e-6)
 

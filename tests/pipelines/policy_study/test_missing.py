@@ -1,4 +1,4 @@
-"""What does a study show when some of its models or points failed?"""
+"""What does a study show when some of its models or points failed, or thresholds had to be set again?"""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def test_a_mean_over_fewer_seeds_than_others_have_says_so():
     lines = table.markdown(records).splitlines()
     (whole,), (part,) = ([line for line in lines if line.startswith(f"| {name} ")] for name in ("H2O", "random"))
     assert "(1 of 2 seeds)" in part and "seeds)" not in whole
+
+
+def test_thresholds_that_were_set_again_are_named_with_what_they_would_have_kept():
+    again = [point("agent", "reward", seed, foreseen=kept) for seed, kept in enumerate((0.251, 0.246))]
+    said = "recall at 0.25: agent would have kept 0.246"
+    assert f"set again: {said}" in table.text(again) and f"- {said}" in table.markdown(again)
+    assert "would have kept" not in table.markdown(again[:1]) + table.markdown([point("agent", "reward", 0)])
 
 
 def test_ways_that_share_no_seed_are_not_held_against_each_other():
