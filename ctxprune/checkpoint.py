@@ -29,6 +29,11 @@ from ctxprune.errors import UserError
 from ctxprune.policies.budget import Budget
 from ctxprune.retrofitting import retrofit, state_of, wrappers
 
+DROPOUT = (
+    *("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"),
+    *("dropout", "activation_dropout", "layerdrop"),
+)
+"""What configs of transformers call it: GPT-2, GPT-NeoX, OPT and their kin."""
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a newer one."""
 WEIGHTS = "model.safetensors"
@@ -230,7 +235,7 @@ def load_base(folder_or_id: str, context: int) -> PreTrainedModel:
     Raises UserError for what base_config refuses, and if weights of the architecture are missing.
     """
     config = base_config(folder_or_id, context)
-    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
+    for name in DROPOUT:
         if hasattr(config, name):
             setattr(config, name, 0.0)
     try:

@@ -185,4 +185,4 @@ def _later_pass(
         cache.arrival = Arrival(interaction, torch.full_like(new.step, -1), new.guard, new.never)
     elif (gates is not None) != cache.held[index].gated:
         raise UserError("this cache was filled in another mode (hard or dense): start again with a new PrunedCache()")
-    return Cached(cache, index, gates, drop_time, wrapper.state.propagate_in_depth)
+    return Cached(cache, index, gates, drop_time, wrapper.state.propagate_in_depth and gates is not None)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ctxprune.retrofitting import mode, state_of
+from ctxprune.retrofitting import evaluated, mode, state_of
 from ctxprune.visibility import visible_pairs
 
 
@@ -79,12 +79,12 @@ def drop_times(
 def forward_with_drop_times(
     model, input_ids: Tensor, *, prompt: Tensor | None = None, **inputs
 ) -> tuple[DropTimes, Float[Tensor, "batch n vocab"]]:
-    """Drop times and logits of one pass under the step function; inputs as for drop_times."""
+    """Drop times and logits of one pass under the step function, without dropout; inputs as for drop_times."""
     state = state_of(model)
     before = state.record  # a PruningSchedule's, in the middle of a training
     state.record, state.prompt = {}, None if prompt is None else prompt.to(input_ids.device)
     try:
-        with mode(model, "hard"):
+        with mode(model, "hard"), evaluated(model):
             logits = model(input_ids, use_cache=False, **inputs).logits
         taken = DropTimes(state.recorded(), state.documents.end)
     finally:

@@ -23,7 +23,9 @@ def given(model, scores: Float[Tensor, "layers batch positions"]) -> Iterator[No
     rankings = [wrapper.rule.ranking for wrapper in wrappers(model)]
     scorers = [one.scorer for one in rankings if one is not None and isinstance(one.scorer, GivenScorer)]
     if not scorers:
-        raise UserError("scores are handed over to the policy given: retrofit the model with ctxprune.GivenConfig")
+        raise UserError(
+            "scores are handed over to the policy given: retrofit the model with ctxprune.policies.GivenConfig"
+        )
     if scores.ndim != 3 or bool(scores.isnan().any()):
         raise UserError("scores are (layers, batch, positions), none of them not a number: give such a tensor")
     if len(scorers) != len(scores):

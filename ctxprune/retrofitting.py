@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +37,15 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     # All rules first: a policy that does not fit must leave the model as it was.
     kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     rules = config.rules(len(places), model.config.hidden_size, kv_heads)
+    windows = {
+        getattr(getattr(layer, name), "sliding_window", None) or _sliding_window(model, i)
+        for i, (layer, name) in enumerate(places)
+    }
+    if getattr(config, "propagate_in_depth", False) and len(windows) > 1:
+        # A key that leaves one layer's window has not been dropped, and the layer below may still see it.
+        raise UserError(
+            "propagate_in_depth goes with layers of one sliding window, this model has several: leave it out"
+        )
     attention.register()
     model.set_attn_implementation(attention.NAME)
     state = PruningState(config, len(places))
@@ -74,13 +84,27 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
 @contextmanager
 def mode(model: nn.Module, value: Mode) -> Iterator[None]:
     """Within the block: `soft` gates, the `hard` step function, or `dense` (gates bypassed), whatever model.training
-    says."""
+    says; `auto` follows it. UserError for another word."""
+    if value not in get_args(Mode):
+        raise UserError(f"mode {value!r}: choose one of {', '.join(get_args(Mode))}")
     state = state_of(model)
     before, state.mode = state.mode, value
     try:
         yield
     finally:
         state.mode = before
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode, its dropout off; behind it every module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _attention_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:

@@ -5,6 +5,7 @@ The pipelines train with it, and so can any loop of torch, `accelerate` or trans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from ctxprune.budget import SparsityController, calibrate
 from ctxprune.drop_time import DropTimes
 from ctxprune.errors import UserError
+from ctxprune.kernels.checks import MAX_ALPHA
 from ctxprune.objective import alpha_at, kept_share
 from ctxprune.retrofitting import gate_parameters, state_of, wrappers
 from ctxprune.text.batches import Batch
@@ -42,7 +44,7 @@ class PruningSchedule:
         steps: int,
         sparsity: float | None = None,
         *,
-        gamma: float = 0.0,
+        gamma: float | None = None,
         alpha_start: float = 1.001,
         alpha_end: float = 8.0,
         alpha_steps: float = 0.8,
@@ -50,21 +52,28 @@ class PruningSchedule:
         """model: retrofitted with GateConfig; steps: optimizer steps of the whole training.
 
         sparsity: share of the context to be dropped at the end, in (0, 1), which a controller of the penalty's weight
-        reaches; None: the weight is `gamma` throughout, as in the paper. alpha_start, alpha_end: sharpness of the soft
-        gates, 1 is the logistic function; alpha_steps: share of the training over which it rises. UserError for a model
-        without gates, and for settings out of range.
+        reaches; or gamma: that weight, the same throughout, as in the paper. alpha_start, alpha_end: sharpness of the
+        soft gates, from 1, the logistic function, to MAX_ALPHA; alpha_steps: share of the training over which it rises.
+        UserError for a model without gates, and for settings out of range.
         """
         if not gate_parameters(model):
             raise UserError("this model has no gates to train: ctxprune.retrofit(model, ctxprune.GateConfig()) first")
         if steps < 1:
             raise UserError(f"steps is {steps}: give the optimizer steps of the training, at least 1")
+        if (sparsity is None) == (gamma is None):
+            raise UserError("give a sparsity to reach, or the penalty's weight gamma: one of the two")
+        if gamma is not None and not 0.0 <= gamma < math.inf:
+            raise UserError(f"gamma is {gamma}: give a weight of 0 or more")
+        if not (1.0 <= alpha_start <= alpha_end <= MAX_ALPHA and 0.0 < alpha_steps <= 1.0):
+            given = f"alpha_start is {alpha_start}, alpha_end {alpha_end}, alpha_steps {alpha_steps}"
+            raise UserError(f"{given}: give 1 <= start <= end <= {MAX_ALPHA:g}, and steps in (0, 1]")
         if sparsity is not None and not 0.0 < sparsity < 1.0:
             raise UserError(f"sparsity is {sparsity}: give the share of the context to drop, between 0 and 1")
         self.model = model
         self.steps = steps
         self.target = sparsity
         self.controller = None if sparsity is None else SparsityController(sparsity)
-        self.gamma = gamma if self.controller is None else self.controller.gamma
+        self.gamma = gamma or 0.0 if self.controller is None else self.controller.gamma
         self.sparsity: float | None = None
         """Of the last step, under the step function, where it was measured."""
         self.sparsity_soft: float | None = None
@@ -110,8 +119,7 @@ class PruningSchedule:
             self.goal = self.controller.goal(self._progress)
         state.record = self._passed = None
         self.done += 1
-        if self.done < self.steps:
-            self._begin()
+        self._begin()
 
     def settle(self, input_ids: Iterable[Int64[Tensor, "batch n"]]) -> float:
         """Shift every threshold by one common amount, so that on these rows, a document each, exactly the target is
@@ -143,19 +151,19 @@ class PruningSchedule:
         self.done, self.gamma = state["done"], state["gamma"]
         if self.controller is not None:
             self.controller = SparsityController(**state["controller"])
-        if self.done < self.steps:
-            self._begin()
+        self._begin()
 
     @property
     def _progress(self) -> float:
         return self.done / self.steps
 
     def _begin(self) -> None:
-        """Before the forward pass of a step. Not within it: activation checkpointing computes it again."""
+        """Before the forward pass of a step. Not within it: activation checkpointing computes it again. After the last
+        one gates stay as sharp as they were in it."""
         start, end, share = self._alphas
-        state = state_of(self.model)
-        state.alpha = alpha_at(self._progress / share, start, end)
-        state.record = {} if self.done % MEASURE_EVERY == 0 or self.done + 1 == self.steps else None
+        state, last = state_of(self.model), self.steps - 1
+        state.alpha = alpha_at(min(self.done, last) / self.steps / share, start, end)
+        state.record = {} if self.done == last or (self.done < last and self.done % MEASURE_EVERY == 0) else None
 
     def _measured(self, taken: DropTimes, kept: Tensor) -> tuple[float, float]:
         """Sparsity of the step just taken, (step function, soft gates), over the rows of all ranks."""

@@ -83,7 +83,7 @@ def pruning_schedule(model: nn.Module, plan: Plan) -> PruningSchedule:
     """What steers the gates over this run."""
     pruning = plan.pruning
     alphas = {"alpha_start": pruning.alpha_start, "alpha_end": pruning.alpha_end, "alpha_steps": pruning.alpha_steps}
-    return PruningSchedule(model, plan.steps, pruning.sparsity, gamma=pruning.gamma or 0.0, **alphas)
+    return PruningSchedule(model, plan.steps, pruning.sparsity, gamma=pruning.gamma, **alphas)
 
 
 def train_step(

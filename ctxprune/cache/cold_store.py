@@ -37,6 +37,7 @@ class ColdStore(LayerCache):
         )
         cold.smallest, cold.largest = pages.keys.new_zeros(2, 1, kv_heads, width)
         cold.count = torch.zeros(1, dtype=torch.int32, device=device)
+        cold.grew = hot.grew
         return cold
 
     def buffers(self) -> Iterator[tuple[object, str, Tensor]]:

@@ -47,6 +47,8 @@ class PagePool:
         """Pages given out."""
         self.spare_pages: Callable[[], int] | None = None
         """How many pages more the pool may have; None: as many as it likes."""
+        self.grew: Callable[[], None] | None = None
+        """Told after every change of how many pages there are."""
         self.reserved = 0
         """Pages that the pool keeps, whoever gives some back."""
         self.moves = 0
@@ -118,6 +120,8 @@ class PagePool:
             more = kept.new_full((capacity - len(kept), *kept.shape[1:]), -1 if name == "position" else 0)
             setattr(holder, name, torch.cat([kept, more]))
         self.moves += 1
+        if self.grew is not None:
+            self.grew()
 
     def buffers(self) -> Iterator[tuple[object, str, Tensor]]:
         """All that exists once per page: (whose attribute, its name, (pages, ...))."""

@@ -6,7 +6,8 @@ was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,6 +16,7 @@ from transformers import Cache
 
 from ctxprune.cache.cold_store import archive
 from ctxprune.cache.layer_cache import LayerCache
+from ctxprune.cache.memory import SPARE, CacheMemory
 from ctxprune.cache.new_tokens import Arrival, NewTokens
 from ctxprune.cache.page_pool import PoolFull
 from ctxprune.cache.pinning import each_row, stacked
@@ -23,11 +25,9 @@ from ctxprune.errors import UserError
 
 SHRINK_EVERY = 32
 """Steps between two looks at whether pages can be given back."""
-SPARE = 0.25
-"""Part of a row's pages that it may hold in vain before they are."""
 
 
-class PrunedCache(Cache):
+class PrunedCache(CacheMemory, Cache):
     """A transformers cache that forgets: past_key_values of a retrofitted model; ragged over the batch.
 
     Only survivors are stored; `live_bytes` and `allocated_bytes` say how much. Which tokens survive is decided by the
@@ -111,7 +111,9 @@ class PrunedCache(Cache):
         return len(self.held)
 
     def activate_past_recording(self) -> None:
-        """transformers is going to crop this cache."""
+        """transformers is going to crop this cache. UserError under an alarm, which cannot take tokens back."""
+        if self.alarm is not None:
+            raise UserError("assisted decoding takes tokens back, an alarm brings keys back: leave one of them out")
         self.reversible = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
@@ -141,10 +143,12 @@ class PrunedCache(Cache):
         if self.max_bytes is not None:
             if self.allocated_bytes() + layer.allocated_bytes() > self.max_bytes:
                 raise PoolFull
-            layer.spare_pages = self.spare_pages
+            layer.spare_pages = partial(self.spare_pages, layer)
+        layer.grew = self._grew
         if self.expected is not None:
             layer.reserve(int((-(-self.expected // self.page)).sum()))
         self.held.append(layer)
+        self._grew()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens of every row as if they had never come (assisted decoding); what
@@ -176,12 +180,6 @@ class PrunedCache(Cache):
 
     # What generation asks of it.
     @property
-    def lengths(self) -> Int[Tensor, " rows"]:
-        """Positions each row has seen."""
-        assert self.length is not None, "nothing has been cached yet"
-        return self.length
-
-    @property
     def new(self) -> NewTokens:
         """The tokens of the call in flight."""
         assert self.incoming is not None, "the first layer tells the others"
@@ -190,18 +188,6 @@ class PrunedCache(Cache):
     @new.setter
     def new(self, tokens: NewTokens) -> None:
         self.incoming = tokens
-
-    @property
-    def last(self) -> Int[Tensor, " rows"]:
-        """Position of each row's last token: the step whose survivors are alive."""
-        return self.lengths - 1
-
-    def shrink(self, spare: float = SPARE) -> None:
-        """Give back pages that dropped keys have left empty, in rows that hold more than that part of theirs in
-        vain."""
-        if not self.reversible:
-            for layer in self.held:
-                layer.compact(layer.of_rows(self.last), spare)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """These rows of the batch, in this order; the others' memory is freed."""
@@ -224,7 +210,9 @@ class PrunedCache(Cache):
             if self.alarm is not None and other.alarm is not None:
                 self.alarm.cold = other.alarm.cold
             for layer in self.held:
-                layer.spare_pages = self.spare_pages if self.max_bytes is not None else None
+                layer.spare_pages = None if self.max_bytes is None else partial(self.spare_pages, layer)
+            for layer in [*self.held, *self._cold()]:
+                layer.grew = self._grew
         else:
             for ours, theirs in zip([*self.held, *self._cold()], [*other.held, *other._cold()], strict=True):
                 ours.absorb(theirs)
@@ -253,47 +241,3 @@ class PrunedCache(Cache):
         """Keys alive per layer and row (where heads decide apart, of the head that has most)."""
         live = [layer.pages.live(layer.of_rows(self.last)).view(len(self.last), -1).amax(1) for layer in self.held]
         return torch.stack(live)
-
-    def live_bytes(self) -> int:
-        """Bytes of the live keys, values and interaction keys, and of what a ranking keeps."""
-        live = [int(layer.pages.live(layer.of_rows(self.last)).sum()) for layer in self.held]
-        return sum(one.bytes_per_token() * keys + one.row_bytes() for one, keys in zip(self.held, live, strict=True))
-
-    def _cold(self) -> Sequence[LayerCache]:
-        return [] if self.alarm is None else self.alarm.cold
-
-    # A pool of fixed size.
-    def spare_pages(self) -> int:
-        """How many pages more the layers may have together."""
-        return max(0, (self.max_bytes or 0) - self.allocated_bytes()) // self.held[0].page_bytes()
-
-    def make_room(self) -> bool:
-        """Give every row the page that its next token needs in some layer; False, and none, where there are too few."""
-        if self.max_bytes is None:
-            return True
-        # On a GPU for the coming steps too, if there is enough; at last, pages that rows hold in vain are given back.
-        for ahead, shrunk in ((True, False), (False, False), (False, True)):
-            if shrunk:
-                self.shrink(0.0)
-            if not ahead:
-                self.trim()
-            lacking = [(layer, layer.rows_without_room(layer.of_rows(self.lengths), ahead)) for layer in self.held]
-            wanted = [(layer, rows.long()) for layer, rows in lacking if rows is not None and bool(rows.any())]
-            if sum(layer.growth_for(int(rows.sum())) for layer, rows in wanted) <= self.spare_pages():
-                for layer, rows in wanted:
-                    layer.give(rows, exact=True)
-                return True
-        return False
-
-    def trim(self) -> None:
-        """No page that no row has."""
-        for layer in self.held:
-            layer.trim()
-
-    def used_bytes(self) -> int:
-        """Bytes of the pages that rows have, free slots included."""
-        return sum(layer.used_bytes() for layer in self.held)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of all pages, free slots and the slots' integers included."""
-        return sum(layer.allocated_bytes() for layer in self.held)

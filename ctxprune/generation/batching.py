@@ -22,10 +22,11 @@ from ctxprune.cache.pinning import stacked
 from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
 from ctxprune.cache.revival import Alarm
 from ctxprune.errors import UserError
+from ctxprune.generation.admission import Expectation
 from ctxprune.generation.captured import StepRunner
 from ctxprune.generation.prefill import prefill
-from ctxprune.generation.prompts import check_prompt, page_bytes
-from ctxprune.generation.request import EndOfText, Request, ends_of
+from ctxprune.generation.prompts import check_prompt
+from ctxprune.generation.request import EndOfText, Request, ends_of, tell
 from ctxprune.generation.sampling import Sampling, pick
 from ctxprune.retrofitting import mode, state_of
 
@@ -61,7 +62,8 @@ class Batcher:
         self.model, self.dense = model, state_of(model).mode == "dense"
         self.max_batch, self.max_cache_bytes, self.prefill_chunk = max_batch, max_cache_bytes, prefill_chunk
         self.page, self.max_live_tokens, self.alarm = page, max_live_tokens, alarm
-        least = page_bytes(model, page) * state_of(model).layers
+        self.expectation = Expectation(model, page, prefill_chunk)
+        least = self.expectation.whole(1)
         if max_cache_bytes is not None and max_cache_bytes < least:
             raise UserError(f"max_cache_bytes is {max_cache_bytes}: one sequence takes at least {least}, give more")
         self.cache = self._new_cache()
@@ -76,8 +78,8 @@ class Batcher:
         self.unread: list[Tensor] = []
         """Those of the last steps that nobody has asked the device for: asking waits."""
         self.submitted = self.steps = self.peak_cache_bytes = self.most_running = 0
-        self.kept = 1.0
-        """Bytes per prompt token that requests kept lately, over those of a prompt of which nothing is dropped."""
+        self.ended: list[Request] = []
+        """Who has come to an end since the last step was over."""
 
     def submit(
         self,
@@ -94,8 +96,7 @@ class Batcher:
         Raises UserError for a prompt or settings that the model cannot serve.
         """
         check_prompt(self.model, prompt, max_new_tokens)
-        page, layers = self.cache.page, state_of(self.model).layers
-        whole = -(-(len(prompt) + max_new_tokens) // page) * page_bytes(self.model, page) * layers
+        whole = self.expectation.whole(len(prompt) + max_new_tokens)
         if self.dense and self.max_cache_bytes is not None and whole > self.max_cache_bytes:
             raise UserError(f"max_cache_bytes is {self.max_cache_bytes}: this request needs {whole}, give more")
         how = sampling or Sampling()
@@ -133,12 +134,25 @@ class Batcher:
 
     def _step(self) -> list[Request]:
         self._admit()
-        ended = self._write()
-        if self.running:
-            self._make_room()
-            self._feed()
+        try:
+            self._write()
+            if self.running:
+                self._make_room()
+                self._feed()
+        except BaseException:  # whatever went wrong, nobody is lost and nothing is written twice
+            self._put_back()
+            raise
         self.steps += 1
+        ended, self.ended = self.ended, []
         return ended
+
+    def _put_back(self) -> None:
+        """Running rows wait again, in their order, and will be read anew: what they have written stays true, what the
+        cache holds may not."""
+        self._hear()
+        self.ended += [one for one in self.running if one.finished]
+        self.waiting.extendleft(reversed([one for one in self.running if not one.finished]))
+        self._keep([])
 
     def _new_cache(self, max_bytes: int | None = None, *, reading: bool = False) -> PrunedCache:
         most = self.max_cache_bytes if max_bytes is None else max_bytes
@@ -151,9 +165,7 @@ class Batcher:
         """Read waiting prompts, oldest first, while rows and memory last."""
         while self.waiting and len(self.running) < self.max_batch:
             group = self._next_group()
-            if not group:
-                return
-            if not self._read(group):
+            if not group or not self._read(group):
                 return
 
     def _next_group(self) -> list[Request]:
@@ -165,7 +177,7 @@ class Batcher:
             lengths = [len(one.text()), *(len(other.text()) for other in group)]
             if max(lengths) > SIMILAR * min(lengths):
                 break
-            room -= self._expected(one) + self._chunk_bytes(one)
+            room -= self.expectation.of(one)
             if room < 0 and (self.running or group):
                 break
             group.append(self.waiting.popleft())
@@ -175,17 +187,6 @@ class Batcher:
         if self.max_cache_bytes is None:
             return float("inf")
         return self.max_cache_bytes - self.cache.used_bytes()
-
-    def _expected(self, one: Request) -> float:
-        """Bytes that a request probably takes, judged by those before it."""
-        page, layers = self.cache.page, state_of(self.model).layers
-        tokens = self.kept * len(one.text()) + page / 2
-        return tokens / page * page_bytes(self.model, page) * layers
-
-    def _chunk_bytes(self, one: Request) -> float:
-        """Bytes that a chunk takes in the layer that is reading it, before what it drops is gone."""
-        length = len(one.text())
-        return page_bytes(self.model, self.page) * (min(length, self.prefill_chunk or length) / self.page + 1)
 
     def _read(self, group: list[Request]) -> bool:
         """Read their prompts in a cache of their own and let them join; if the pool is full, False: they wait on."""
@@ -205,7 +206,7 @@ class Batcher:
             self.waiting.extendleft(reversed(group))
             return self._read([self.waiting.popleft()])
         except PoolFull:
-            self.kept = min(1.0, 1.5 * self.kept)
+            self.expectation.was_too_low()
             self.waiting.extendleft(reversed(group))
             if len(group) > 1:
                 return self._read([self.waiting.popleft() for _ in range(len(group) // 2)])
@@ -220,45 +221,43 @@ class Batcher:
             self.waiting.extendleft(reversed(group))
             raise
         cache.shrink(0.0)
-        self._learn(cache, group)
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes() + cache.allocated_bytes())
+        self.expectation.learn(cache.allocated_bytes(), group)
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.held_bytes() + cache.peak_bytes)
         self._hear()
-        self.cache.absorb(cache)
+        try:
+            self.cache.absorb(cache)
+        except BaseException:  # half of it may have happened
+            self.waiting.extendleft(reversed(group))
+            self._put_back()
+            raise
         self.running += group
         self.most_running = max(self.most_running, len(self.running))
         self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
         return True
 
-    def _learn(self, cache: PrunedCache, group: list[Request]) -> None:
-        """What share of a prompt survives."""
-        page, layers = cache.page, state_of(self.model).layers
-        tokens = sum(len(one.text()) for one in group)
-        share = cache.allocated_bytes() / (tokens / page * page_bytes(self.model, page) * layers)
-        self.kept = min(1.0, 0.5 * self.kept + 0.5 * share if self.most_running else share)
-
     # Writing.
-    def _write(self) -> list[Request]:
+    def _write(self) -> None:
         """Every running row takes its next token; those that end leave."""
         if not self.running or self.logits is None:
-            return []
+            return
         self.last = pick(self.logits, [one.sampling for one in self.running], [one.generator for one in self.running])
         self.unread.append(self.last)
         if not any(one.is_awaited(len(self.unread)) for one in self.running):
-            return []
+            return
         self._hear()
-        ended = [one for one in self.running if one.finished]
-        if ended:
+        if any(one.finished for one in self.running):
             for one, count in zip(self.running, self.cache.live_tokens().double().mean(0).tolist(), strict=True):
                 one.live_tokens = count
+            self.ended += [one for one in self.running if one.finished]
             self._keep([row for row, one in enumerate(self.running) if not one.finished])
-        return ended
 
     def _hear(self) -> None:
-        """Every running row takes the tokens that were picked for it."""
+        """Every running row takes the tokens that were picked for it; then who listens is told."""
         picked, self.unread = torch.stack(self.unread, 1).tolist() if self.unread else [], []
-        for row, tokens in enumerate(picked):
-            for token in tokens:
-                self.running[row].take(token)
+        taken = [(one, token) for one, tokens in zip(self.running, picked, strict=False) for token in tokens]
+        for one, token in taken:
+            one.take(token)
+        tell(taken)
 
     def _keep(self, rows: list[int]) -> None:
         """Only these rows go on."""
@@ -294,6 +293,6 @@ class Batcher:
     def _feed(self) -> None:
         """Each row's last token goes through the model."""
         self.logits = self.runner(self.last)
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.allocated_bytes())
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.peak_bytes)
         if self.steps % SHRINK_EVERY == SHRINK_EVERY - 1:
             self.cache.shrink()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ctxprune.cache.revival import Alarm
 from ctxprune.errors import UserError
 from ctxprune.generation.batching import Batcher
+from ctxprune.generation.prompts import check_prompt
 from ctxprune.generation.request import EndOfText
 from ctxprune.generation.sampling import Sampling
 
@@ -20,7 +21,7 @@ from ctxprune.generation.sampling import Sampling
 class Generation:
     """tokens: the new tokens of each prompt, in the order of the prompts (end-of-sequence included when it was
     reached); live_tokens: mean over layers of the keys alive at each row's last step, the newest included;
-    peak_cache_bytes: of all pages held at once."""
+    peak_cache_bytes: of all pages held at once, while prompts are read too, and with those that an alarm keeps."""
 
     tokens: list[Int[Tensor, " _"]]
     live_tokens: list[float]
@@ -62,6 +63,8 @@ def generate(
     prompts = [row for row in input_ids]
     if not prompts:
         raise UserError("the prompt is empty: give at least one token")
+    for prompt in prompts:
+        check_prompt(model, prompt, max_new_tokens)
     batcher = Batcher(
         model,
         max_batch=max_batch,

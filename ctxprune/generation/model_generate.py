@@ -28,6 +28,10 @@ class Forgetting:
         self.pruning_state.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol):
+        """For pickle and copy, which would look for this class under the name of the model's own."""
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
     def save_pretrained(self, *args, **kwargs) -> None:
         """As transformers' own; Trainer resumes from it. `from_pretrained` does not read it: it knows no gates."""
         said = "from_pretrained cannot read a retrofitted model (its attention would start anew): use ctxprune.save"
@@ -48,8 +52,17 @@ class Forgetting:
             model_kwargs["past_key_values"] = cache
 
 
+def _blank(original: type[PreTrainedModel]) -> PreTrainedModel:
+    """An object of the class of a retrofitted model of this class, still without anything."""
+    made = _forgetting(original)
+    return made.__new__(made)
+
+
+def _forgetting(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(original.__name__, (Forgetting, original), {"__module__": original.__module__})
+
+
 def forgets(model: PreTrainedModel, state: PruningState) -> None:
     """Make `model.generate` use a PrunedCache, and tell the layers, which share `state`, what is read."""
-    original = type(model)
     model.pruning_state = state  # type: ignore[assignment]
-    model.__class__ = type(original.__name__, (Forgetting, original), {"__module__": original.__module__})
+    model.__class__ = _forgetting(type(model))

@@ -64,6 +64,18 @@ class Request:
     def take(self, token: int) -> None:
         """The next token."""
         self.tokens.append(token)
-        self.finished = token in self.ends or len(self.tokens) == self.max_new_tokens
-        if self.on_token is not None:
-            self.on_token(self.index, token)
+        self.finished = token in self.ends or len(self.tokens) >= self.max_new_tokens
+
+
+def tell(taken: list[tuple[Request, int]]) -> None:
+    """Call who listens to these requests, for each token that they took. What a listener raises is raised when all have
+    been called: nobody misses a token for another's sake."""
+    failure: BaseException | None = None
+    for one, token in taken:
+        if one.on_token is not None:
+            try:
+                one.on_token(one.index, token)
+            except BaseException as error:  # raised when all are called, an interruption too
+                failure = failure or error
+    if failure is not None:
+        raise failure

@@ -68,11 +68,13 @@ def pick(
 def drawn(probability: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """A token per row for a number in [0, 1), by the inverse of the distribution function; never one of probability 0.
 
-    probability: need not sum to 1, but to more than 0.
+    probability: need not sum to 1, but to more than 0. A row of numbers that are none gets the last token: what it
+    says means nothing, but its neighbours go on.
     """
     summed = probability.double().cumsum(-1)
     # No product of a number below 1 rounds up to the sum in float64, so there is a first token beyond it.
-    return torch.searchsorted(summed, uniform.double()[:, None] * summed[:, -1:], right=True)[:, 0]
+    found = torch.searchsorted(summed, uniform.double()[:, None] * summed[:, -1:], right=True)[:, 0]
+    return found.clamp(max=probability.shape[-1] - 1)
 
 
 class RowDraws:

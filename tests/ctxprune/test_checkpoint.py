@@ -254,6 +254,15 @@ def test_a_base_model_is_float32_without_dropout(tmp_path):
     assert len(model.transformer.h) == LAYERS
 
 
+def test_opt_calls_its_dropout_otherwise_and_it_is_off_too(tmp_path):
+    small_model("opt").save_pretrained(tmp_path)
+    config = tf.AutoConfig.from_pretrained(tmp_path)
+    config.update({"dropout": 0.3, "layerdrop": 0.2})
+    config.save_pretrained(tmp_path)
+    loaded = load_base(str(tmp_path), 16).config
+    assert (loaded.dropout, loaded.layerdrop, loaded.attention_dropout) == (0.0, 0.0, 0.0)
+
+
 def test_base_models_that_cannot_serve_are_refused(tmp_path, saved):
     base = tmp_path / "base"
     small_model("gpt2").save_pretrained(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ import ctxprune
 from ctxprune import DropTimes, UserError
 from ctxprune.drop_time import forward_with_drop_times
 from ctxprune.retrofitting import state_of
-from tests.models import LAYERS, gated, open_gates, small_model, tokens
+from tests.models import GPT2, LAYERS, gated, open_gates, small_model, tokens
 
 
 @st.composite
@@ -85,6 +86,23 @@ def test_the_same_pass_gives_the_deployed_logits_whatever_the_models_mode():
     assert torch.equal(logits, wanted)
     assert torch.equal(times.drop_time, ctxprune.drop_times(model.eval(), ids).drop_time)
     assert state_of(model).record is None and state_of(model).mode == "auto"
+
+
+def test_dropout_is_off_while_drop_times_are_read_and_every_module_is_as_it_was_afterwards():
+    """As in a training loop, whose thresholds are settled on them."""
+    torch.manual_seed(0)
+    config = tf.GPT2Config(**{**GPT2, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.0})
+    model = ctxprune.retrofit(tf.GPT2LMHeadModel(config), ctxprune.GateConfig(rank=4, beta=0.0)).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    ids = tokens(2, 20)
+    first, second = (forward_with_drop_times(model, ids) for _ in range(2))
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+    model.eval()
+    taken, logits = forward_with_drop_times(model, ids)
+    for again in (first, second):
+        assert torch.equal(again[0].drop_time, taken.drop_time) and torch.equal(again[1], logits)
+    assert taken.sparsity().max() > 0
 
 
 def test_a_failed_pass_leaves_no_recording_behind():

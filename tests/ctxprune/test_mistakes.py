@@ -74,6 +74,12 @@ try:
     given(model, torch.rand(3, 2, 1, 8)).__enter__()
 except ctxprune.UserError as error:
     said.append(str(error))
+model = ctxprune.retrofit(small_model(), ctxprune.GateConfig())
+for prompts in (torch.arange(4), [1, 2, 3]):  # one prompt is no batch
+    try:
+        ctxprune.generate(model, prompts)
+    except ctxprune.UserError as error:
+        said.append(str(error))
 print(json.dumps(said))
 """
 
@@ -81,6 +87,7 @@ print(json.dumps(said))
 def test_values_of_a_wrong_type():
     """In a process of its own: here types are checked as they are called."""
     done = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True, check=True)
-    budget, sinks, share, tokens, scores = json.loads(done.stdout)
+    budget, sinks, share, tokens, scores, *prompts = json.loads(done.stdout)
     assert "ctxprune.policies.Budget" in budget and "sinks=None" in sinks and "share is '0.5'" in share
     assert "tokens is 20.5" in tokens and "scores are (layers, batch, positions)" in scores
+    assert len(prompts) == 2 and all("give a list of them" in said for said in prompts)

@@ -3,6 +3,8 @@ wrap?"""
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +14,7 @@ from ctxprune import GateConfig, UserError
 from ctxprune.retrofitting import (
     freeze_backbone,
     gate_parameters,
+    mode,
     parameter_counts,
     set_alpha,
     state_of,
@@ -130,6 +133,22 @@ def test_layers_are_wrapped_in_order_and_share_one_state():
     found = wrappers(gated())
     assert [wrapper.layer_idx for wrapper in found] == list(range(LAYERS))
     assert len({id(wrapper.state) for wrapper in found}) == 1
+
+
+def test_a_mode_that_does_not_exist_is_refused_not_taken_for_another():
+    model = gated()
+    with pytest.raises(UserError, match="choose one of auto, soft, hard, dense"), mode(model, "Dense"):
+        pass
+    assert state_of(model).mode == "auto"
+
+
+def test_a_retrofitted_model_is_pickled_whole():
+    model, ids = gated().eval(), tokens(1, 12)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(ctxprune.drop_times(again, ids).drop_time, ctxprune.drop_times(model, ids).drop_time)
+    assert state_of(again) is not state_of(model) and again.pruning_state is state_of(again)
+    assert torch.equal(again.generate(ids, max_new_tokens=5), model.generate(ids, max_new_tokens=5))
 
 
 def test_gates_take_the_models_precision():

@@ -124,6 +124,14 @@ def test_a_training_that_is_resumed_goes_on_where_it_stood():
     assert run(PruningSchedule(made(), 20, sparsity=0.5), 10, 20) != whole[10:]
 
 
+def test_a_training_that_was_over_is_still_over_when_it_is_resumed():
+    _, schedule, seen = trained(6, sparsity=0.5)
+    again = PruningSchedule(made(), 6, sparsity=0.5)
+    again.load_state_dict(schedule.state_dict())
+    for one in (schedule, again):
+        assert (one.done, state_of(one.model).alpha, state_of(one.model).record) == (6, seen[-1]["alpha"], None)
+
+
 def _rank(rank: int, store: str, found) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -160,6 +168,14 @@ def test_mistakes_are_answered():
     model = made()
     for asked, said in (
         ({"steps": 0}, "at least 1"),
+        ({"steps": 5}, "one of the two"),
+        ({"steps": 5, "sparsity": 0.5, "gamma": 1.0}, "one of the two"),
+        ({"steps": 5, "gamma": -1.0}, "0 or more"),
+        ({"steps": 5, "gamma": float("nan")}, "0 or more"),
+        ({"steps": 5, "gamma": 1.0, "alpha_start": 0.9}, "1 <= start"),
+        ({"steps": 5, "gamma": 1.0, "alpha_end": 20.0}, "<= 16"),
+        ({"steps": 5, "gamma": 1.0, "alpha_start": 9.0}, "1 <= start"),
+        ({"steps": 5, "gamma": 1.0, "alpha_steps": 0.0}, r"\(0, 1\]"),
         ({"steps": 5, "sparsity": 1.0}, "between 0 and 1"),
         ({"steps": 5, "sparsity": float("nan")}, "between 0 and 1"),
     ):

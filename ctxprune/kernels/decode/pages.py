@@ -153,8 +153,10 @@ class Pages:
         self.used.copy_(used)
 
     def clear(self, pages: Tensor) -> None:
-        """Forget what these pages (indices) held: what a page needs before it is given to another row."""
+        """Forget what these pages (indices) held: what a page needs before it is given to another row. Values too, as
+        a slot that is not seen may be multiplied by 0, and what is no number stays none."""
         self.drop_time[pages], self.guard[pages], self.position[pages] = 0, 0, -1
+        self.values[pages] = 0
 
     @property
     def page(self) -> int:

@@ -14,7 +14,8 @@ from ctxprune import UserError, generate
 from ctxprune.generation.batching import Batcher
 from ctxprune.generation.prefill import prefill
 from ctxprune.generation.prompts import check_prompt, page_bytes
-from tests.models import GROUPED, LAYERS, gated, tokens
+from ctxprune.policies import Budget, SnapKVConfig
+from tests.models import GROUPED, LAYERS, gated, small_model, tokens
 
 
 def test_what_was_written_before_the_pool_was_full_stays_true_and_others_are_served():
@@ -89,6 +90,25 @@ def test_in_depth_a_cap_keeps_the_same_keys_whatever_the_chunks(seed):
     for positions, logits in found[1:]:
         assert positions == found[0][0]
         torch.testing.assert_close(logits, found[0][1], rtol=0, atol=1e-10)
+
+
+def test_the_peak_counts_what_chunks_hold_before_the_prompts_end():
+    """A rule that drops where the prompt ends keeps all of it until then, here six pages a layer."""
+    model = ctxprune.retrofit(small_model(), SnapKVConfig(Budget(share=0.25), window=4)).double()
+    batcher = Batcher(model, page=16, prefill_chunk=32)
+    batcher.submit(tokens(1, 112)[0], max_new_tokens=2)
+    batcher.step()
+    assert batcher.peak_cache_bytes >= LAYERS * 5 * page_bytes(model, 16) > batcher.cache.allocated_bytes()
+
+
+def test_the_peak_counts_what_an_alarm_keeps():
+    model = gated(beta=0.0).double()
+    batcher = Batcher(model, page=16, alarm=ctxprune.Alarm(0.5))
+    batcher.submit(tokens(1, 100)[0], max_new_tokens=8)
+    for _ in range(6):
+        batcher.step()
+    cold = sum(store.allocated_bytes() for store in batcher.alarm.cold)
+    assert cold > 0 and batcher.peak_cache_bytes >= batcher.cache.allocated_bytes() + cold
 
 
 def test_an_alarm_and_the_models_own_window_do_not_go_together():

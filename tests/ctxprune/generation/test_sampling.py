@@ -9,6 +9,7 @@ from ctxprune.generation import sampling
 from ctxprune.generation.sampling import RowDraws, Sampling, drawn, pick
 
 CPU = torch.device("cpu")
+VOCAB = 12
 
 
 def test_each_token_has_as_much_of_the_unit_interval_as_its_probability():
@@ -75,3 +76,16 @@ def test_what_is_drawn_has_the_frequencies_of_its_probabilities():
     probability = sampling.probabilities(torch.tensor([[0.0, 1.0, 2.0, -1.0]]), Sampling(1.0)).expand(4000, -1)
     found = torch.bincount(RowDraws(range(4000), CPU).pick(probability), minlength=4) / 4000
     torch.testing.assert_close(found, probability[0], atol=0.03, rtol=0.0)
+
+
+def test_a_row_of_numbers_that_are_none_harms_no_neighbour():
+    logits = torch.randn(3, VOCAB)
+    how = [Sampling(temperature=1.0, top_p=0.9, seed=row) for row in range(3)]
+
+    def picked() -> list[int]:
+        return pick(logits, how, [torch.Generator().manual_seed(row) for row in range(3)]).tolist()
+
+    wanted = picked()
+    logits[1] = torch.nan
+    found = picked()
+    assert (found[0], found[2]) == (wanted[0], wanted[2]) and 0 <= found[1] < VOCAB

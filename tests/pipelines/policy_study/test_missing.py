@@ -27,6 +27,16 @@ def test_thresholds_that_were_set_again_are_named_with_what_they_would_have_kept
     assert "would have kept" not in table.markdown(again[:1]) + table.markdown([point("agent", "reward", 0)])
 
 
+def test_the_interval_against_dense_spans_those_of_all_seeds_and_is_left_out_where_none_was_made():
+    ends = [(-0.31, -0.28), (-0.30, -0.25)]
+    records = [
+        point("H2O", "attention", seed, against_dense_low=low, against_dense_high=high)
+        for seed, (low, high) in enumerate(ends)
+    ]
+    assert "| -0.310 to -0.250 |" in table.markdown(records) and "-0.310 to -0.250" in table.text(records)
+    assert " to -0" not in table.markdown([point("H2O", "attention", 0)])
+
+
 def test_ways_that_share_no_seed_are_not_held_against_each_other():
     records = [point(table.CONSTANT, "attention", 0), point("agent", "reward", 1)]
     assert table.against_constant(table.rows(records)) == []
