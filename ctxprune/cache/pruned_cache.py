@@ -221,6 +221,7 @@ class PrunedCache(CacheMemory, Cache):
         if other.prompt is not None:
             self.prompt = other.prompt if self.prompt is None else torch.cat([self.prompt, other.prompt])
         self.seen = max(self.seen, other.seen)
+        other.held = []  # ours now: what knows of the other must not keep their pages alive
 
     def rewind(self, length: Int[Tensor, " rows"]) -> None:
         """Every row as it was when its next position was `length`; what it held then is final from now on."""

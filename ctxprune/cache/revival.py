@@ -109,7 +109,8 @@ def revive(
     live = live_mass(hot, query, step, scale)
     # By page and head: its bound as a share of all that the row could read.
     everything = torch.logaddexp(live, _sum_by_row(logs, order, len(query)))
-    share = (logs - everything[order.row]).exp().mean(1)
+    # A row whose numbers are none hears nothing, and its neighbours theirs.
+    share = (logs - everything[order.row]).exp().mean(1).nan_to_num(0.0)
     total = torch.zeros(len(query), dtype=share.dtype, device=share.device).index_add_(0, order.row, share)
     loud = (total > alarm.share) & (step >= 0)
     if not bool(loud.any()):

@@ -1,10 +1,16 @@
-"""How much memory will a request take? Judged by what those before it kept."""
+"""Who is read next, and how much memory will that take? Judged by what requests before kept."""
 
 from __future__ import annotations
+
+from collections import deque
+from itertools import islice
 
 from ctxprune.generation.prompts import page_bytes
 from ctxprune.generation.request import Request
 from ctxprune.retrofitting import state_of
+
+SIMILAR = 1.25
+"""Prompts are read together while the longest is at most this many times the shortest: padding costs time too."""
 
 
 class Expectation:
@@ -40,3 +46,22 @@ class Expectation:
     def was_too_low(self) -> None:
         """There was no room after all."""
         self.kept = min(1.0, 1.5 * (self.kept or 1.0))
+
+
+def next_group(
+    waiting: deque[Request], expectation: Expectation, places: int, room: float, *, alone: bool
+) -> list[Request]:
+    """Who leaves the queue to be read together: neighbours, of similar length, as far as there are places and bytes
+    for all. alone: nobody runs, and the first is read however much it takes."""
+    group: list[Request] = []
+    for one in islice(waiting, places):
+        lengths = [len(one.text()), *(len(other.text()) for other in group)]
+        if max(lengths) > SIMILAR * min(lengths):
+            break
+        room -= expectation.of(one)
+        if room < 0 and (group or not alone):
+            break
+        group.append(one)
+    for _ in group:
+        waiting.popleft()
+    return group

@@ -8,6 +8,7 @@ had written becomes part of its prompt, so nothing is lost and nothing is writte
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,20 +19,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ctxprune.cache.page_pool import PoolFull
-from ctxprune.cache.pinning import stacked
 from ctxprune.cache.pruned_cache import SHRINK_EVERY, PrunedCache
 from ctxprune.cache.revival import Alarm
 from ctxprune.errors import UserError
-from ctxprune.generation.admission import Expectation
+from ctxprune.generation.admission import Expectation, next_group
 from ctxprune.generation.captured import StepRunner
-from ctxprune.generation.prefill import prefill
+from ctxprune.generation.prefill import read
 from ctxprune.generation.prompts import check_prompt
-from ctxprune.generation.request import EndOfText, Request, ends_of, tell
+from ctxprune.generation.request import EndOfText, Refused, Request, ends_of, tell
 from ctxprune.generation.sampling import Sampling, pick
 from ctxprune.retrofitting import mode, state_of
-
-SIMILAR = 1.25
-"""Prompts are read together while the longest is at most this many times the shortest: padding costs time too."""
 
 
 class Batcher:
@@ -79,7 +76,9 @@ class Batcher:
         """Those of the last steps that nobody has asked the device for: asking waits."""
         self.submitted = self.steps = self.peak_cache_bytes = self.most_running = 0
         self.ended: list[Request] = []
-        """Who has come to an end since the last step was over."""
+        """Who has come to an end since a step last returned."""
+        self.failure: BaseException | None = None
+        """What a listener has raised in the step that goes on."""
 
     def submit(
         self,
@@ -109,13 +108,16 @@ class Batcher:
         return one
 
     def run(self) -> None:
-        """Until nothing is left to do."""
+        """Until nothing is left to do. Whatever is raised, by a listener too, a further call goes on, and no text is
+        another for it."""
         with self._deciding():
             while self.waiting or self.running:
                 self._step()
+        self.ended = []
 
     def step(self) -> list[Request]:
-        """Admit who fits, then one token for every running row; returns those that ended."""
+        """Admit who fits, then one token for every running row; returns those that ended since a step last returned
+        some (one that raises returns nothing). Raises as `run` does."""
         with self._deciding():
             return self._step()
 
@@ -133,26 +135,34 @@ class Batcher:
             self._hear()
 
     def _step(self) -> list[Request]:
-        self._admit()
         try:
+            self._admit()
             self._write()
             if self.running:
                 self._make_room()
                 self._feed()
+        except Refused:  # one request; the others are as they were
+            raise
         except BaseException:  # whatever went wrong, nobody is lost and nothing is written twice
             self._put_back()
             raise
         self.steps += 1
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
         ended, self.ended = self.ended, []
         return ended
 
     def _put_back(self) -> None:
         """Running rows wait again, in their order, and will be read anew: what they have written stays true, what the
         cache holds may not."""
-        self._hear()
-        self.ended += [one for one in self.running if one.finished]
-        self.waiting.extendleft(reversed([one for one in self.running if not one.finished]))
-        self._keep([])
+        try:
+            self._hear()
+        finally:
+            self.ended += [one for one in self.running if one.finished]
+            self.waiting.extendleft(reversed([one for one in self.running if not one.finished]))
+            self.unread = []
+            self._keep([])
 
     def _new_cache(self, max_bytes: int | None = None, *, reading: bool = False) -> PrunedCache:
         most = self.max_cache_bytes if max_bytes is None else max_bytes
@@ -163,46 +173,19 @@ class Batcher:
     # Reading prompts.
     def _admit(self) -> None:
         """Read waiting prompts, oldest first, while rows and memory last."""
-        while self.waiting and len(self.running) < self.max_batch:
-            group = self._next_group()
+        while self.waiting and (places := self.max_batch - len(self.running)) > 0:
+            room = math.inf if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.used_bytes()
+            group = next_group(self.waiting, self.expectation, places, room, alone=not self.running)
             if not group or not self._read(group):
                 return
 
-    def _next_group(self) -> list[Request]:
-        """Who is read together next: neighbours in the queue, of similar length, as far as there is room for all."""
-        group: list[Request] = []
-        room = self._room()
-        while self.waiting and len(self.running) + len(group) < self.max_batch:
-            one = self.waiting[0]
-            lengths = [len(one.text()), *(len(other.text()) for other in group)]
-            if max(lengths) > SIMILAR * min(lengths):
-                break
-            room -= self.expectation.of(one)
-            if room < 0 and (self.running or group):
-                break
-            group.append(self.waiting.popleft())
-        return group
-
-    def _room(self) -> float:
-        if self.max_cache_bytes is None:
-            return float("inf")
-        return self.max_cache_bytes - self.cache.used_bytes()
-
     def _read(self, group: list[Request]) -> bool:
         """Read their prompts in a cache of their own and let them join; if the pool is full, False: they wait on."""
-        self.cache.trim()
-        left = None if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.allocated_bytes()
-        cache = self._new_cache(left, reading=True)
-        cache.pinned = stacked([one.pinned for one in group])
-        if self.dense and self.max_cache_bytes is None:
-            cache.expected = torch.tensor([one.whole(least=cache.page) for one in group])
         try:
-            # What a request had written before it had to wait is not part of its prompt.
-            ends = [len(one.prompt) for one in group]
-            logits = prefill(self.model, cache, [one.text() for one in group], self.prefill_chunk, ends)
-        except UserError:  # one of them cannot be served, and is told so alone
+            cache, logits = self._prefilled(group)
+        except UserError as error:  # one of them cannot be served, and is told so alone
             if len(group) == 1:
-                raise
+                raise Refused(str(error)) from error
             self.waiting.extendleft(reversed(group))
             return self._read([self.waiting.popleft()])
         except PoolFull:
@@ -213,27 +196,38 @@ class Batcher:
             if self.running:
                 return False
             self.waiting.popleft()
-            raise UserError(
+            raise Refused(
                 f"max_cache_bytes is {self.max_cache_bytes}: too small for the request of {len(group[0].text())} "
                 "tokens, give more"
             ) from None
         except BaseException:  # whatever went wrong, nobody is lost
             self.waiting.extendleft(reversed(group))
             raise
-        cache.shrink(0.0)
-        self.expectation.learn(cache.allocated_bytes(), group)
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.held_bytes() + cache.peak_bytes)
-        self._hear()
         try:
+            self._hear()
+            logits = logits if self.logits is None else torch.cat([self.logits, logits])
             self.cache.absorb(cache)
+            self.running, self.logits = [*self.running, *group], logits
         except BaseException:  # half of it may have happened
-            self.waiting.extendleft(reversed(group))
-            self._put_back()
+            self.waiting.extendleft(reversed([one for one in group if one not in self.running]))
             raise
-        self.running += group
         self.most_running = max(self.most_running, len(self.running))
-        self.logits = logits if self.logits is None else torch.cat([self.logits, logits])
         return True
+
+    def _prefilled(self, group: list[Request]) -> tuple[PrunedCache, Tensor]:
+        """A cache of their own that has read them, and the logits after each."""
+        self.cache.trim()
+        left = None if self.max_cache_bytes is None else self.max_cache_bytes - self.cache.allocated_bytes()
+        cache = self._new_cache(left, reading=True)
+        if self.dense and self.max_cache_bytes is None:
+            cache.expected = torch.tensor([one.whole(least=cache.page) for one in group])
+        try:
+            logits = read(self.model, cache, group, self.prefill_chunk)
+            cache.shrink(0.0)
+        finally:
+            self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.held_bytes() + cache.peak_bytes)
+        self.expectation.learn(cache.allocated_bytes(), group)
+        return cache, logits
 
     # Writing.
     def _write(self) -> None:
@@ -253,17 +247,22 @@ class Batcher:
 
     def _hear(self) -> None:
         """Every running row takes the tokens that were picked for it; then who listens is told."""
-        picked, self.unread = torch.stack(self.unread, 1).tolist() if self.unread else [], []
-        taken = [(one, token) for one, tokens in zip(self.running, picked, strict=False) for token in tokens]
+        if not self.unread:
+            return
+        picked = torch.stack(self.unread, 1).tolist()
+        self.unread = []
+        taken = [(one, token) for one, tokens in zip(self.running, picked, strict=True) for token in tokens]
         for one, token in taken:
             one.take(token)
-        tell(taken)
+        self.failure = self.failure or tell(taken)
 
     def _keep(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self._hear()
         self.running = [self.running[row] for row in rows]
         if not rows:
+            self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.peak_bytes)
+            self.cache.reset()  # now: caches and what layers know of them are cycles
             self.cache, self.logits = self._new_cache(), None
             self.runner.follow(self.cache)
             return
@@ -286,6 +285,7 @@ class Batcher:
                 )
             youngest = max(range(len(self.running)), key=lambda row: self.running[row].index)
             one = self.running[youngest]
+            self._hear()  # a text in the queue is whole
             one.pauses += 1
             self.waiting.appendleft(one)
             self._keep([row for row in range(len(self.running)) if row != youngest])

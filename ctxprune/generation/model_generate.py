@@ -30,7 +30,8 @@ class Forgetting:
 
     def __reduce_ex__(self, protocol):
         """For pickle and copy, which would look for this class under the name of the model's own."""
-        return _blank, (type(self).__mro__[2],), self.__dict__
+        bases = type(self).__mro__
+        return _blank, (bases[bases.index(Forgetting) + 1],), self.__getstate__()
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As transformers' own; Trainer resumes from it. `from_pretrained` does not read it: it knows no gates."""

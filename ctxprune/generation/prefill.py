@@ -8,7 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctxprune.cache.pinning import stacked
 from ctxprune.cache.pruned_cache import PrunedCache
+from ctxprune.generation.request import Request
+
+
+def read(model, cache: PrunedCache, group: list[Request], chunk: int) -> Float[Tensor, "batch vocab"]:
+    """Read the texts of these requests as prefill does. What one had written before it had to wait is not part of its
+    prompt."""
+    cache.pinned = stacked([one.pinned for one in group])
+    return prefill(model, cache, [one.text() for one in group], chunk, [len(one.prompt) for one in group])
 
 
 def prefill(

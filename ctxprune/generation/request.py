@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ctxprune.cache.page_pool import GROWTH
+from ctxprune.errors import UserError
 from ctxprune.generation.sampling import Sampling
 
 EndOfText = int | Sequence[int] | None
@@ -67,15 +68,18 @@ class Request:
         self.finished = token in self.ends or len(self.tokens) >= self.max_new_tokens
 
 
-def tell(taken: list[tuple[Request, int]]) -> None:
-    """Call who listens to these requests, for each token that they took. What a listener raises is raised when all have
-    been called: nobody misses a token for another's sake."""
+class Refused(UserError):
+    """One request cannot be served. The others are as they were."""
+
+
+def tell(taken: list[tuple[Request, int]]) -> BaseException | None:
+    """Call who listens to these requests, for each token that they took. Returns the first that a listener raised:
+    nobody misses a token for another's sake."""
     failure: BaseException | None = None
     for one, token in taken:
         if one.on_token is not None:
             try:
                 one.on_token(one.index, token)
-            except BaseException as error:  # raised when all are called, an interruption too
+            except BaseException as error:  # raised when the step is over, an interruption too
                 failure = failure or error
-    if failure is not None:
-        raise failure
+    return failure

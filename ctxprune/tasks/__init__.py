@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from ctxprune.errors import UserError
 from ctxprune.tasks.agnews import AgNewsConfig
+from ctxprune.tasks.classes import ClassesConfig
 from ctxprune.tasks.dialogsum import DialogSumConfig
 from ctxprune.tasks.dialogue import DialogueConfig
 from ctxprune.tasks.multi30k import Multi30kConfig
@@ -25,7 +26,7 @@ from ctxprune.tasks.wnut17 import Wnut17Config
 
 SYNTHETIC = (RecallConfig, NeedleConfig, OverwriteConfig, QuestionsConfig, DialogueConfig, RecallInvisibleConfig)
 """Tasks whose truth is known and that small models learn in minutes."""
-FROM_FILES = (Sst2Config, AgNewsConfig, Wnut17Config, DialogSumConfig, Multi30kConfig)
+FROM_FILES = (ClassesConfig, Sst2Config, AgNewsConfig, Wnut17Config, DialogSumConfig, Multi30kConfig)
 """Tasks whose examples are read from local files."""
 TASKS: dict[str, type] = {config.name: config for config in SYNTHETIC + FROM_FILES}
 

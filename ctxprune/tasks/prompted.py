@@ -74,7 +74,7 @@ class FileTask(ABC):
         for field in ("file", "tokenizer"):
             if not getattr(self, field):
                 raise UserError(f"{self.name}: {field} is empty: give a path")
-        forms = FORMS if self.labels else FORMS[:1]
+        forms = FORMS if type(self).labels else FORMS[:1]  # of the class: some read theirs from the file, later
         if self.form not in forms:
             raise UserError(f"{self.name}: form is {self.form!r}: give {' or '.join(forms)}")
         at_least(self.name, 4, max_tokens=self.max_tokens)

@@ -10,7 +10,8 @@ class StudyConfig:
     """Every way to prune on small models that answer questions: tasks x methods x shares x seeds."""
 
     tasks: list[str] = field(default_factory=list)
-    """Names of ctxprune.tasks whose truth is known, or one of files (agnews, sst2, multi30k, dialogsum); empty: the
+    """Names of ctxprune.tasks whose truth is known, or one of files (classes, agnews, sst2, multi30k,
+    dialogsum); empty: the
     sweep is one of language models."""
     train_file: str | None = None
     """For a task of files, lines of text, tab, label, or what else it reads: learned from, with a part held out to set

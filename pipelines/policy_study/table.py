@@ -98,6 +98,14 @@ def _dense(record: dict) -> float | None:
     return None if against is None else record["right"] - against
 
 
+def everything(records: list[dict], task: str) -> list[str]:
+    """A sentence on what the task's models answer with everything kept; none where the points do not say."""
+    found = {record["seed"]: _dense(record) for record in records if record["task"] == task}
+    known = [right for right in found.values() if right is not None]
+    span = f" ({min(known):.3f} to {max(known):.3f})" if len(known) > 1 else ""
+    return [f"With everything kept {mean(known):.3f}{span} is right."] if known else []
+
+
 def _seeds(row: dict) -> str:
     few = f" ({row['seeds']} of {row['of_seeds']} seeds)" if row["seeds"] < row["of_seeds"] else ""
     return f"{row['lowest']:.3f} to {row['highest']:.3f}{few}"
@@ -228,7 +236,7 @@ def text(records: list[dict]) -> str:
     """For a terminal."""
     made, lines = rows(records), []
     for (task, share), group in groupby(made, lambda row: (row["task"], row["share"])):
-        lines += ["", f"{task}, {share:.3g} of the context's bytes stay"]
+        lines += ["", f"{task}, {share:.3g} of the context's bytes stay", *everything(records, task)]
         lines.append("  ".join(f"{name:{form}}" for name, form, _ in COLUMNS))
         lines += ["  ".join(f"{say(row):{form}}" for _, form, say in COLUMNS) for row in group]
     said = [*verdicts(made), *against_constant(made), *clocked(made)]
@@ -241,6 +249,7 @@ def markdown(records: list[dict]) -> str:
     made, lines = rows(records), ["# Ways to prune at equal budgets", ""]
     for (task, share), group in groupby(made, lambda row: (row["task"], row["share"])):
         lines += [f"## {task}, {share:.3g} of the context's bytes stay", ""]
+        lines += [line for said in everything(records, task) for line in (said, "")]
         lines.append("| " + " | ".join(name for name, _, _ in COLUMNS) + " |")
         lines.append("|" + "|".join("--:" if form.startswith(">") else "--" for _, form, _ in COLUMNS) + "|")
         lines += ["| " + " | ".join(say(row).replace("*", "\\*") for _, _, say in COLUMNS) + " |" for row in group]

@@ -26,6 +26,7 @@ from ctxprune import tasks
 from ctxprune.checkpoint import digest
 from ctxprune.errors import UserError
 from ctxprune.tasks.agnews import AgNewsConfig
+from ctxprune.tasks.classes import ClassesConfig
 from ctxprune.tasks.dialogsum import DialogSumConfig
 from ctxprune.tasks.examples import Example, held_out
 from ctxprune.tasks.multi30k import Multi30kConfig
@@ -40,7 +41,7 @@ from pipelines.policy_study.config import StudyConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-READ: tuple[type[FileTask], ...] = (AgNewsConfig, Sst2Config, Multi30kConfig, DialogSumConfig)
+READ: tuple[type[FileTask], ...] = (ClassesConfig, AgNewsConfig, Sst2Config, Multi30kConfig, DialogSumConfig)
 """Tasks from files whose whole text has one answer: a label, a translation or a summary."""
 HOLDS = {
     Multi30kConfig.name: "sentences, a line each, beside a file of their translations with the suffix .de",

@@ -90,8 +90,8 @@ def test_a_pruned_pool_holds_more_sequences(monkeypatch):
     """80 % dropped: five times the rows of a pool that a dense model fills with them."""
     model = ctxprune.retrofit(small_model(), ctxprune.WindowConfig(widths=(20, 20, 20))).double()
     prompts = prompts_of(*[96] * 20)
-    pool, most, reads, original = 7 * 4 * LAYERS * page_bytes(model, 16), {}, [], batching.prefill
-    monkeypatch.setattr(batching, "prefill", lambda *given: reads.append(len(given[2])) or original(*given))
+    pool, most, reads, original = 7 * 4 * LAYERS * page_bytes(model, 16), {}, [], batching.read
+    monkeypatch.setattr(batching, "read", lambda *given: reads.append(len(given[2])) or original(*given))
     for mode in ("dense", "hard"):
         with ctxprune.mode(model, mode):
             batcher = Batcher(model, max_cache_bytes=pool, page=16, prefill_chunk=16)

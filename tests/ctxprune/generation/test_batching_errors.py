@@ -53,7 +53,7 @@ def test_an_accident_while_prompts_are_read_loses_nobody(monkeypatch):
     batcher = Batcher(model)
     requests = [batcher.submit(tokens(1, 20, seed=seed)[0], max_new_tokens=6) for seed in range(2)]
     with monkeypatch.context() as patch:
-        patch.setattr("ctxprune.generation.batching.prefill", lambda *_: 1 / 0)
+        patch.setattr("ctxprune.generation.batching.read", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             batcher.run()
     batcher.run()

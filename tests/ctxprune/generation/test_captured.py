@@ -155,7 +155,7 @@ def test_a_model_that_asks_the_device_itself_goes_on_without_graphs_and_says_so(
     assert found == written(model)
 
 
-def test_a_capture_that_fails_otherwise_leaves_all_as_it_was(gpu):
+def test_a_capture_that_is_interrupted_leaves_all_as_it_was_and_the_text_goes_on(gpu):
     def broken(step):
         step()
         raise KeyboardInterrupt
@@ -163,12 +163,20 @@ def test_a_capture_that_fails_otherwise_leaves_all_as_it_was(gpu):
     model = gated().double()
     batcher = Batcher(model, page=16)
     one = batcher.submit(tokens(1, 9)[0], max_new_tokens=40)
-    batcher.runner.capture = broken
+    batcher.runner.capture, left, put_back = broken, [], batcher._put_back
+
+    def look() -> None:
+        left.append((batcher.cache.lengths.tolist(), batcher.cache.get_seq_length()))
+        put_back()
+
+    batcher._put_back = look
     with pytest.raises(KeyboardInterrupt):
         batcher.run()
-    assert 0 < len(one.tokens) < 40 and list(batcher.waiting) == [one]
-    batcher.runner.capture = recorded_steps.capture
+    fed = 9 + len(one.tokens) - 1
+    assert left == [([fed], fed)] and 0 < len(one.tokens) < 40 and list(batcher.waiting) == [one]
+    batcher.runner.capture, batcher.runner.state.graphs = recorded_steps.capture, True
     batcher.run()
+    assert batcher.runner.played > 0
     assert one.tokens == ctxprune.generate(model, tokens(1, 9), max_new_tokens=40).tokens[0].tolist()
 
 

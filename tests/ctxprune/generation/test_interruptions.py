@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from ctxprune import UserError, generate
 from ctxprune.cache.pruned_cache import PrunedCache
+from ctxprune.generation import batching
 from ctxprune.generation.batching import Batcher
 from ctxprune.generation.sampling import Sampling
 from tests.models import gated, tokens
@@ -39,9 +43,11 @@ def to_the_end(batcher: Batcher, error: type[BaseException]) -> tuple[list, int]
 
 @pytest.mark.parametrize("how", [None, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("at", [1, 5, 12], ids=["first token", "in the middle", "last token"])
-def test_a_listener_that_raises_costs_nobody_a_token(how, at):
-    model, told = gated().double(), []
+def test_a_listener_that_raises_costs_nobody_a_token(how, at, monkeypatch):
+    model, told, reads, read = gated().double(), [], [], batching.read
+    monkeypatch.setattr(batching, "read", lambda *given: reads.append(1) or read(*given))
     wanted = undisturbed(model, how)
+    before = 2 * len(reads)
 
     def listen(index: int, token: int) -> None:
         told.append((index, token))
@@ -56,6 +62,7 @@ def test_a_listener_that_raises_costs_nobody_a_token(how, at):
     ended, raised = to_the_end(batcher, Gone)
     assert raised == 1 and [one.tokens for one in requests] == wanted
     assert sorted(one.index for one in ended) == [0, 1, 2] and all(one.finished for one in requests)
+    assert all(one.live_tokens > 0 for one in requests) and len(reads) == before, "nothing was read again"
     for row in (0, 1):
         assert [token for index, token in told if index == row] == wanted[row]
 
@@ -123,3 +130,56 @@ def test_a_row_whose_protected_keys_outgrow_the_cap_fails_alone_and_says_so():
     assert not bad.finished and 0 < len(bad.tokens) < 12
     pinned = generate(model, [PROMPTS[0]], max_new_tokens=len(bad.tokens), pinned=[(0, 40)]).tokens[0].tolist()
     assert bad.tokens == pinned
+
+
+@pytest.mark.parametrize("where", ["trim", "shrink", "absorb", "cat", "cat of logits"])
+def test_whatever_fails_while_a_group_joins_loses_nobody(where, monkeypatch):
+    model = gated().double()
+    wanted = undisturbed(model)
+    batcher = Batcher(model, page=16, max_batch=3)
+    requests = [batcher.submit(PROMPTS[0], max_new_tokens=12)]
+    batcher.step()
+    requests += [batcher.submit(prompt, max_new_tokens=12) for prompt in PROMPTS[1:]]
+    (name, *of), place = where.split(), torch if "cat" in where else PrunedCache
+    with monkeypatch.context() as patch:
+        original = getattr(place, name)
+
+        def fails(*given, **more):
+            found = original(*given, **more)
+            if of and found.ndim != 2:
+                return found
+            raise MemoryError
+
+        patch.setattr(place, name, fails)
+        with pytest.raises(MemoryError):
+            batcher.step()
+    batcher.run()
+    assert [one.tokens for one in requests] == wanted and not batcher.running and not batcher.waiting
+
+
+def test_one_that_is_refused_lets_the_others_go_on_without_reading_them_again(monkeypatch):
+    model, reads, read = gated().double(), [], batching.read
+    batcher = Batcher(model, max_live_tokens=6)
+    good = batcher.submit(PROMPTS[0], max_new_tokens=12)
+    batcher.step()
+    bad = batcher.submit(PROMPTS[0], max_new_tokens=12, pinned=torch.ones(40, dtype=torch.bool))
+    monkeypatch.setattr(batching, "read", lambda *given: reads.append(given[2]) or read(*given))
+    _, raised = to_the_end(batcher, UserError)
+    assert raised == 1 and good.finished and not bad.tokens and reads == [[bad]]
+
+
+def test_what_was_thrown_away_is_free_at_once():
+    """Before anything is read again: caches are cycles, which nobody collects in time."""
+    model = gated().double()
+    batcher = Batcher(model, page=16)
+    for prompt in PROMPTS:
+        batcher.submit(prompt, max_new_tokens=12)
+    for _ in range(3):
+        batcher.step()
+    pages = [weakref.ref(layer.pages.keys) for layer in batcher.cache.held]
+    gc.disable()
+    try:
+        batcher._put_back()
+        assert [one() for one in pages] == [None] * len(pages)
+    finally:
+        gc.enable()

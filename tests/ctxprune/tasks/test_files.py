@@ -38,7 +38,7 @@ def write_files(folder: Path) -> dict[str, dict[str, object]]:
     train_tokenizer(SENTENCES, 400).save_pretrained(folder / "decoder")
     word_pieces(folder / "encoder")
     files = {"sst2": "sst2.tsv", "agnews": "agnews.tsv", "wnut17": "wnut17.conll", "dialogsum": "dialogsum.jsonl"}
-    files["multi30k"] = "captions.en"
+    files |= {"multi30k": "captions.en", "classes": "agnews.tsv"}
     return {
         name: {"task": name, "file": str(folder / file), "tokenizer": str(folder / "decoder")}
         for name, file in files.items()
@@ -68,6 +68,7 @@ def given(tmp_path_factory):
 ANSWERS = {
     "sst2": ("\nSentiment:", {" positive", " negative"}),
     "agnews": ("\nTopic:", {" " + topic for topic in TOPICS}),
+    "classes": ("\nLabel:", {" " + topic for topic in TOPICS}),
     "wnut17": ("\nTags:\nMs =", None),
     "dialogsum": ("\nSummary:", None),
     "multi30k": ("\nTranslation:", None),

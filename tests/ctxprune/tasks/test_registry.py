@@ -30,7 +30,7 @@ def test_a_task_comes_back_from_json(config):
         ({"task": "recal"}, "unknown task 'recal': did you mean 'recall'?"),
         (
             {"task": "zzz"},
-            "unknown task 'zzz': choose one of recall, needle, overwrite, questions, dialogue, recall_invisible, sst2",
+            "unknown task 'zzz': choose one of recall, needle, overwrite, questions, dialogue, recall_invisible, cl",
         ),
         ({}, "unknown task None: choose one of"),
         ({"task": "recall", "decoy": 1}, "task recall has no setting 'decoy': did you mean 'decoys'?"),

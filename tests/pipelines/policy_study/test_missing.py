@@ -37,6 +37,13 @@ def test_the_interval_against_dense_spans_those_of_all_seeds_and_is_left_out_whe
     assert " to -0" not in table.markdown([point("H2O", "attention", 0)])
 
 
+def test_what_is_answered_with_everything_kept_is_said_where_it_is_known():
+    records = [point("H2O", "attention", seed, against_dense=-0.1 * (1 + seed)) for seed in range(2)]
+    for said in (table.text(records), table.markdown(records)):
+        assert "With everything kept 0.650 (0.600 to 0.700) is right." in said
+    assert "everything kept" not in table.markdown([point("H2O", "attention", 0)]).split("right:")[0]
+
+
 def test_ways_that_share_no_seed_are_not_held_against_each_other():
     records = [point(table.CONSTANT, "attention", 0), point("agent", "reward", 1)]
     assert table.against_constant(table.rows(records)) == []
