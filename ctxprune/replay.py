@@ -22,13 +22,14 @@ from ctxprune.retrofitting import state_of, wrappers
 @dataclass
 class Context:
     """What each layer made of a batch of contexts, everything visible. Of each layer: hidden (batch, n, hidden) inputs,
-    queries (batch, heads, n, width), keys and values (batch, kv_heads, n, width)."""
+    queries (batch, heads, n, width), keys and values (batch, kv_heads, n, width), and the scale of its attention."""
 
     ids: Int[Tensor, "batch n"]
     hidden: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
@@ -47,6 +48,7 @@ class Reading:
             (self.context.queries, self.context.keys, self.context.values), (query, key, value), strict=True
         ):
             kept.append(new)
+        self.context.scales.append(scale)
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 

@@ -33,8 +33,14 @@ class ContextScorer(Scorer):
         return _ids(new).double()
 
     def score(self, seen: Signals) -> Float[Tensor, "rows keys"]:
-        same = (seen.own[:, :, None] == seen.own[:, None, :]) & seen.alive[:, None, :]
-        return -same.sum(-1).to(seen.own.dtype)
+        # Equal tokens stand together in the sorted row: how many of them are alive is a difference of two sums.
+        own = seen.own.masked_fill(~seen.alive, -1.0)  # what stands there means nothing, and may be no number
+        order = own.argsort(dim=1, stable=True)
+        token, alive = own.gather(1, order).contiguous(), seen.alive.gather(1, order).long()
+        before = torch.cat([alive.new_zeros(len(alive), 1), alive.cumsum(1)], 1)
+        first, behind = (torch.searchsorted(token, token, right=right) for right in (False, True))
+        count = before.gather(1, behind) - before.gather(1, first)
+        return torch.empty_like(token).scatter_(1, order, -count.to(token.dtype))
 
 
 class CorpusScorer(Scorer):

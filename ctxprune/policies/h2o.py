@@ -14,12 +14,13 @@ from ctxprune.policies.scorer import Scorer, Signals
 
 @dataclass(frozen=True)
 class H2OConfig(RankedConfig):
-    """Attention received, summed over all queries so far."""
+    """Attention received, summed over all queries so far. In the paper half of the budget is the most recent keys, and
+    the sum is plain: that is recent=K/2 of K keys, normalised=False."""
 
     policy: ClassVar[str] = "h2o"
     normalised: bool = True
     """Divide by the number of queries that could see the key. Under a causal mask the plain sum favours old keys; that
-    is what was published."""
+    is the published sum."""
 
     def scorer(self, layer: int, width: int) -> Scorer:
         return H2OScorer(self.normalised)

@@ -19,7 +19,8 @@ from ctxprune.policies.scorer import Scorer, Signals
 @dataclass(frozen=True)
 class SnapKVConfig(RankedConfig):
     """Attention of the last `window` queries, mean over them and over heads. With budget.pyramid it is PyramidKV (arXiv
-    2406.02069), with apart and budget.head_floor Ada-KV (arXiv 2407.11550)."""
+    2406.02069), with apart and budget.head_floor Ada-KV (arXiv 2407.11550). The paper always keeps the window: that is
+    recent=window; by default its keys compete, all but the last `recent`."""
 
     policy: ClassVar[str] = "snapkv"
     window: int = 32

@@ -14,7 +14,7 @@ from ctxprune.policies.scorer import Scorer, Signals
 
 @dataclass(frozen=True)
 class TovaConfig(RankedConfig):
-    """Attention of the last query, mean over heads."""
+    """Attention of the last query, mean over heads. The paper protects nothing: that is sinks=0, recent=0."""
 
     policy: ClassVar[str] = "tova"
     when: str = "step"

@@ -127,8 +127,10 @@ class FileTask(ABC):
             if self.labels:
                 row.ask(encode(prompt), ids, [number] * len(ids))
             else:  # each token of a free text is a question: a row's score is its share of right tokens
-                end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-                ids = [*ids[: self.max_tokens // 2], *end]
+                cut = ids[: self.max_tokens // 2]
+                # A text that was cut does not end there.
+                end = [] if tokenizer.eos_token_id is None or len(cut) < len(ids) else [tokenizer.eos_token_id]
+                ids = [*cut, *end]
                 row.ask(encode(prompt), ids, list(range(len(ids))))
         return row
 

@@ -91,19 +91,21 @@ def reinforce(
     *,
     cost: Cost = mean_share,
     protected: int = 0,
+    recent: int = 0,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> None:
-    """Teach the networks of a model whose policy is `agent`. protected: first tokens that are never dropped.
-    progress(step, mean reward, mean share kept)."""
+    """Teach the networks of a model whose policy is `agent`. protected, recent: first and last tokens of the context
+    that are never dropped. progress(step, mean reward, mean share kept)."""
     draw = torch.Generator().manual_seed(config.seed)
 
     def act(context: Context) -> tuple[Tensor, Tensor]:
         odds = torch.stack(scores(model, context))
         keep = _draw(odds.detach(), config.rollouts, draw)
-        keep[..., :protected] = True
+        last = keep.shape[-1] - recent
+        keep[..., :protected], keep[..., last:] = True, True
         chance = torch.where(keep, odds[:, None], -odds[:, None]).sigmoid().clamp(min=1e-8).log()
         # Averaged over tokens, so that the step does not grow with the context.
-        return keep, chance[..., protected:].mean((0, -1))
+        return keep, chance[..., protected:last].mean((0, -1))
 
     parameters = [p for scorer in networks(model) for p in scorer.parameters()]
     by_reward(model, task, config, parameters, act, cost=cost, progress=progress)

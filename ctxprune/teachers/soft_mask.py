@@ -64,10 +64,11 @@ def soften(
     config: SoftMaskConfig,
     *,
     protected: int = 0,
+    recent: int = 0,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> None:
-    """Teach the scorers of a model whose policy is `ltp` or a network's. protected: first tokens that are always seen.
-    progress(step, loss of the answers in nats, share of the mask)."""
+    """Teach the scorers of a model whose policy is `ltp` or a network's. protected, recent: first and last tokens of
+    the context that are always seen. progress(step, loss of the answers in nats, share of the mask)."""
     scorers = [_teachable(wrapper) for wrapper in wrappers(model)]
     refuse_coarse(p for scorer in scorers for p in scorer.parameters())
     rows = lesson(model, task, config.seed, 0, config.rows)
@@ -85,11 +86,11 @@ def soften(
         context = _context(model, rows)
         with torch.enable_grad():
             logs = [logsigmoid(score / unit) for score, unit in zip(softened(scorers, context), units, strict=True)]
-            share = torch.stack([log[:, protected:].exp().mean() for log in logs]).mean()
-            bias = [
-                torch.cat([torch.zeros_like(log[:, :protected]), log[:, protected:]], 1)[:, None, None] for log in logs
-            ]
             end = context.ids.shape[1]
+            place = torch.arange(end, device=context.ids.device)
+            seen = (place < protected) | (place >= end - recent)
+            share = torch.stack([log[:, ~seen].exp().mean() for log in logs]).mean()
+            bias = [log.masked_fill(seen, 0.0)[:, None, None] for log in logs]
             said = resume(model, context, rows.input_ids[:, end:], bias)
             follows = TaskBatch(
                 rows.input_ids[:, end:], rows.answers[:, end:], rows.questions[:, end:], rows.context_end
@@ -120,7 +121,7 @@ def received(context: Context, layer: int) -> Float[Tensor, "batch context"]:
     query, key = context.queries[layer], context.keys[layer]
     n = key.shape[2]
     seen = torch.ones(n, n, dtype=torch.bool, device=key.device).tril()
-    shares = attention(query, key, seen[None, None], query.shape[-1] ** -0.5).mean(1).sum(1)
+    shares = attention(query, key, seen[None, None], context.scales[layer]).mean(1).sum(1)
     return shares / torch.arange(n, 0, -1, device=key.device)
 
 

@@ -27,6 +27,7 @@ from ctxprune.teachers.edge_gradient import edge_gradients
 from ctxprune.teachers.fit import fit
 from ctxprune.teachers.future_attention import future_attention
 from ctxprune.teachers.soft_mask import SoftMaskConfig, soften
+from ctxprune.text.batches import IGNORED
 from pipelines.policy_study import rewarded
 from pipelines.policy_study.fine_tune import FineTuning, fine_tune
 from pipelines.policy_study.measure import Outcome, measure
@@ -57,13 +58,13 @@ DELAY = 4
 
 @dataclass(frozen=True)
 class Method:
-    """name: in the table. policy: makes the policy of a budget. kind: where the decision comes from. prepare: teaches
-    the model, once per budget; a rewarded.Report that it returns is asked when the budget is set. around: what each
-    batch needs. adaptive: the budget is the mean over inputs, what a threshold keeps; otherwise every input keeps the
-    same share. aware: has seen the questions when it decides: not possible in use, so these stand
+    """name: in the table. policy: makes the policy of a budget. kind: where the decision what stays comes from.
+    prepare: teaches the model, once per budget; a rewarded.Report that it returns is asked when the budget is set.
+    around: what each batch needs. adaptive: the budget is the mean over inputs, what a threshold keeps; otherwise every
+    input keeps the same share. aware: has seen the questions when it decides: not possible in use, so these stand
     apart. shown: the columns that the model is given, by batch and share. limited: prepare also takes how many seconds
-    it may last. told: needs a task that knows its truth. edition: raised when what this way does changes, so that
-    its points are measured again, and only these."""
+    it may last. told: needs a task that knows its truth. whole: keeps everything, whatever is asked for. edition:
+    raised when what this way does changes, so that its points are measured again, and only these."""
 
     name: str
     kind: Kind
@@ -75,6 +76,7 @@ class Method:
     shown: Callable[[TaskBatch, float], Tensor] | None = None
     limited: bool = False
     told: bool = False
+    whole: bool = False
     edition: int = 1
 
 
@@ -85,8 +87,8 @@ def retrofitted(
     """The model under this way to prune, keeping that share of each context's bytes (on average, where it is adaptive).
 
     seconds: how long it may be taught, where the method is limited. notes: takes down `taught_in`, the seconds that it
-    was, `key_bytes`, `foreseen`, the share of bytes that thresholds set on validation rows would have kept, and what
-    the method reports. rows: that thresholds are set on, as many as are measured.
+    was, `key_bytes`, what thresholds set on validation rows would have kept in bytes and answered (`foreseen`,
+    `foreseen_right`), and what the method reports. rows: that thresholds are set on, as many as are measured.
     """
     config, notes = method.policy(share), {} if notes is None else notes
     model, report = ctxprune.retrofit(model, config), None
@@ -97,7 +99,8 @@ def retrofitted(
         report = method.prepare(model, task, share, seed, *([seconds] if method.limited else []))
         notes["taught_in"] = time.perf_counter() - start
     if method.adaptive:
-        notes["foreseen"] = meet(model, task, share, rows) * notes["key_bytes"]
+        kept, notes["foreseen_right"] = meet(model, task, share, rows)
+        notes["foreseen"] = kept * notes["key_bytes"]
     model.eval()
     if report is not None:
         notes |= report(model, task)
@@ -144,7 +147,7 @@ def _lessons(model, task: Task, seed: int, teacher) -> Iterator[tuple[Context, T
         rows = task.batch("train", seed, step, LESSON_ROWS)
         end = rows.end
         context = read(model, rows.input_ids[:, :end])
-        yield context, teacher(model, context, rows.input_ids[:, end:])
+        yield context, teacher(model, context, rows.input_ids[:, end:], rows.answers[:, end:] != IGNORED)
 
 
 def _taught(teacher) -> Callable[[object, Task, float, int], None]:
@@ -152,7 +155,7 @@ def _taught(teacher) -> Callable[[object, Task, float, int], None]:
 
 
 def _by_soft_mask(model, task: Task, share: float, seed: int) -> None:
-    soften(model, task, SoftMaskConfig(target=share, seed=seed), protected=SINKS)
+    soften(model, task, SoftMaskConfig(target=share, seed=seed), protected=SINKS, recent=RECENT)
 
 
 def _best_constant(model, task: Task, share: float, seed: int) -> None:
@@ -200,7 +203,8 @@ def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextMana
         split = end if aware else end - min(LAST, end // 2)
         context = read(model, batch.input_ids[:, :split])
         follows = batch.input_ids[:, split:] if aware else batch.input_ids[:, split:end]
-        scores = edge_gradients(model, context, follows)
+        asked = batch.answers[:, split:] != IGNORED if aware else None
+        scores = edge_gradients(model, context, follows, asked)
         # The last tokens have no later ones to speak for them: they are worth what a token is in the mean.
         mean = scores.mean(-1, keepdim=True).expand(-1, -1, end - split)
         return given(model, torch.cat([scores, mean], -1))
@@ -208,17 +212,31 @@ def _gradients(aware: bool) -> Callable[[object, TaskBatch], AbstractContextMana
     return around
 
 
+def _whole(share: float) -> PolicyConfig:
+    return policies.DenseConfig()
+
+
 def _truncated(batch: TaskBatch, share: float) -> Tensor:
     return columns(batch, share, SINKS)
+
+
+def _taught_threshold(name: str, policy: str, prepare: Callable[..., None]) -> Method:
+    return Method(name, "taught", _by_threshold(policy), prepare, adaptive=True, edition=2)
+
+
+def _agent(name: str, kind: Kind, prepare: Callable[..., rewarded.Report | None], **settings) -> Method:
+    policy = _by_threshold("agent", **settings)
+    return Method(name, kind, policy, prepare, adaptive=True, limited=True, edition=2)
 
 
 METHODS = (
     Method("random", "control", _ranked("random")),
     Method("recency", "control", _ranked("recency")),
-    Method("truncation", "control", lambda share: policies.DenseConfig(), shown=_truncated),
+    Method("truncation", "control", _whole, shown=_truncated),
     Method("strided keys", "control", _ranked("strided_keys")),
     Method("BigBird blocks", "control", _ranked("bigbird", block=4)),
-    Method("recency, fine-tuned", "fine-tuned", _ranked("recency"), _fine_tuned),
+    Method("recency, fine-tuned", "control", _ranked("recency"), _fine_tuned),
+    Method("dense, fine-tuned", "control", _whole, _fine_tuned, whole=True),
     Method("frequency", "importance", _ranked("frequency")),
     Method("key norm", "importance", _ranked("key_norm")),
     Method("KeyDiff", "importance", _ranked("keydiff")),
@@ -231,19 +249,19 @@ METHODS = (
     Method("PyramidKV", "attention", _ranked("snapkv", pool=POOL, pyramid=0.5)),
     Method("Ada-KV", "attention", _ranked("snapkv", pool=POOL, apart=True, head_floor=0.2)),
     Method("gradients", "gradient", _ranked("given"), around=_gradients(aware=False)),
-    Method("distilled gradients", "taught", _ranked("distilled"), _taught(edge_gradients)),
-    Method("future attention", "taught", _ranked("future"), _taught(future_attention)),
-    Method("future attention, threshold", "taught", _by_threshold("future"), _taught(future_attention), adaptive=True),
-    Method("LTP", "taught", _by_threshold("ltp"), _by_soft_mask, adaptive=True),
-    Method("agent", "reward", _by_threshold("agent"), rewarded.agent, adaptive=True, limited=True),
-    Method("agent, latency", "reward", _by_threshold("agent"), rewarded.agent_by_latency, adaptive=True, limited=True),
-    Method(
-        "agent, no features", "control", _by_threshold("agent", blind=True), rewarded.agent, adaptive=True, limited=True
-    ),
+    Method("distilled gradients", "taught", _ranked("distilled"), _taught(edge_gradients), edition=2),
+    Method("future attention", "taught", _ranked("future"), _taught(future_attention), edition=2),
+    _taught_threshold("future attention, threshold", "future", _taught(future_attention)),
+    _taught_threshold("LTP", "ltp", _by_soft_mask),
+    _agent("agent", "reward", rewarded.agent),
+    _agent("agent, latency", "reward", rewarded.agent_by_latency),
+    _agent("agent, no features", "control", rewarded.agent, blind=True),
     Method("budget bandit", "reward", rewarded.budgets(SINKS, RECENT), rewarded.bandit, adaptive=True, limited=True),
     Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=5),
-    Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
-    Method("gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True),
+    Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True, edition=2),
+    Method(
+        "gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True, edition=2
+    ),
     Method("oracle", "control", _ranked("given"), around=_truth, aware=True, told=True),
 )
 """All of them, those that know the questions last."""

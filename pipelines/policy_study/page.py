@@ -14,7 +14,7 @@ from pipelines.table import escape_markdown, number
 
 POINTS = "points.jsonl"
 UNKNOWN = ("agreement", "precision", "recall", "kept_and_difficulty", "seed")
-UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms", "taught_in", "foreseen", *table.CLOCK)
+UNKNOWN += ("read_of_dense", "token_of_dense", "deciding_ms", "taught_in", "foreseen", "foreseen_right", *table.CLOCK)
 UNKNOWN += ("against_dense", *(f"against_dense_{end}" for end in table.ENDS))
 """Numbers that a point need not have."""
 REACHED = ("even_from", "repaid")

@@ -28,13 +28,15 @@ ROWS = 16
 
 def agent(model, task: Task, share: float, seed: int, seconds: float | None) -> None:
     """Keep or drop each token; every key costs the same."""
-    reinforce(model, task, _lessons(share, seed, seconds), protected=_protected(model)[0])
+    sinks, recent = _protected(model)
+    reinforce(model, task, _lessons(share, seed, seconds), protected=sinks, recent=recent)
 
 
 def agent_by_latency(model, task: Task, share: float, seed: int, seconds: float | None) -> Report:
     """Keep or drop each token; what is kept costs the time that attention to it took when it was measured, first."""
     table = measure(model, task.batch("validation", seed, 0, 1).end, rows=ROWS)
-    reinforce(model, task, _lessons(share, seed, seconds), cost=table.cost, protected=_protected(model)[0])
+    sinks, recent = _protected(model)
+    reinforce(model, task, _lessons(share, seed, seconds), cost=table.cost, protected=sinks, recent=recent)
     return lambda taught, task: times(taught, task, table)
 
 

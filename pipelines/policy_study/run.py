@@ -14,6 +14,7 @@ from pipelines import cluster, compose, output, store
 from pipelines.config import Config
 from pipelines.machine import machine, versions
 from pipelines.policy_study import clock, jobs, plots, table, texts
+from pipelines.policy_study.config import StudyConfig
 from pipelines.policy_study.methods import Method, named
 from pipelines.preflight import check_cluster
 from pipelines.progress import Bars
@@ -33,7 +34,7 @@ def main(config: Config, overrides: list[str]) -> int:
         failures = _made(config, rows, methods, root, bars)
         records = collect(config, rows, methods, root)
         if config.study.repeats and records:
-            times = clock.timed(config.study, rows, methods, root, bars)
+            times = clock.timed(config.study, rows, [one for one in methods if not one.whole], root, bars)
             for record in records:
                 record |= times.get((record["task"], record["method"], record["share"]), {})
     base = {"kind": "policies", "machine": machine(), "versions": versions()}
@@ -74,12 +75,18 @@ def possible(task: str, methods: list[Method]) -> list[Method]:
     return [method for method in methods if not (method.told and texts.from_files(task))]
 
 
+def by_share(study: StudyConfig, methods: list[Method]) -> list[tuple[float, list[Method]]]:
+    """Each share with the methods that are measured at it: what keeps everything has 1 to itself."""
+    pruning, whole = ([method for method in methods if method.whole is which] for which in (False, True))
+    return [*((share, pruning) for share in study.shares), *([(1.0, whole)] if whole else [])]
+
+
 def collect(config: Config, rows: dict[str, str | None], methods: list[Method], root: Path) -> list[dict]:
     """A record per finished point, in the order of the table. rows: of each task, see texts."""
     study, records = config.study, []
     for task in study.tasks:
-        for share in study.shares:
-            for method in possible(task, methods):
+        for share, of_share in by_share(study, methods):
+            for method in possible(task, of_share):
                 for seed in study.seeds:
                     model = jobs.model_inputs(task, study.steps, seed, rows[task])
                     inputs = jobs.point_of(root, study, model, method.name, share)
@@ -103,7 +110,8 @@ def _made(config: Config, rows: dict[str, str | None], methods: list[Method], ro
     points = [
         (f"{model['task']['task']}, seed {model['seed']}: {method.name} at {share:g}", model,
          jobs.point_of(root, study, model, method.name, share))
-        for model in models for share in study.shares for method in possible(model["task"]["task"], methods)
+        for model in models for share, of_share in by_share(study, methods)
+        for method in possible(model["task"]["task"], of_share)
     ]  # fmt: skip
     # What is taught takes longest: first, so that no core idles at the end.
     taught = {method.name: method.prepare is None for method in methods}

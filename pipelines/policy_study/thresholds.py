@@ -30,16 +30,17 @@ Kept = Callable[[float], float]
 """The share that a threshold keeps; falls as it rises."""
 
 
-def meet(model, task: Task, share: float, rows: int | None = None) -> float:
+def meet(model, task: Task, share: float, rows: int | None = None) -> tuple[float, float]:
     """Leaves the model at thresholds that are set on validation rows; where these keep another share of the test rows,
     by more than CLOSE of it, set again on the test rows, as all ways are compared at equal bytes. Returns the share of
-    the test rows that the first kept."""
+    the test rows that the first kept, and the share of questions that it answered."""
     settle(model, task, share, rows)
     rows = ROWS if rows is None else rows
-    foreseen = measure(model, task, min(rows, task.rows("test") or rows)).kept.mean().item()
-    if abs(foreseen / share - 1) > CLOSE:
+    found = measure(model, task, min(rows, task.rows("test") or rows))
+    kept, right = found.kept.mean().item(), found.right.mean().item()
+    if abs(kept / share - 1) > CLOSE:
         settle(model, task, share, rows, "test")
-    return foreseen
+    return kept, right
 
 
 def settle(model, task: Task, share: float, rows: int | None = None, split: Split = "validation") -> None:

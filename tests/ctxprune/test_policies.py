@@ -10,6 +10,7 @@ import torch
 import ctxprune
 from ctxprune import DenseConfig, GateConfig, StridedConfig, UserError, WindowConfig
 from ctxprune.policies import BY_POSITION, from_dict, to_dict
+from ctxprune.policies.frequency import ContextScorer
 from ctxprune.policies.hidden_scorer import HiddenScorer
 from ctxprune.policies.key_norm import KeyNormScorer
 from ctxprune.policies.keydiff import KeyDiffScorer
@@ -160,3 +161,18 @@ def test_what_ranks_keys_is_computed_in_float32(dtype):
     asked, when = torch.zeros(2, 2, 0, 8), torch.zeros(2, 0, dtype=torch.long)
     one, other = (Signals(position, alive, now, k, k, asked.to(k), when, none, none, 1.0) for k in (key, key.float()))
     assert torch.equal(KeyDiffScorer().score(one), KeyDiffScorer().score(other))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_token_is_as_frequent_as_it_stands_among_the_keys_alive(seed):
+    draw = torch.Generator().manual_seed(seed)
+    own, alive = torch.randint(6, (4, 40), generator=draw).double(), torch.rand(4, 40, generator=draw) < 0.7
+    nothing = torch.zeros(4, 1, 40, 2)
+    found = ContextScorer().score(
+        Signals(
+            torch.arange(40).expand(4, -1), alive, torch.full((4,), 40), nothing, nothing, nothing[:, :, :1],
+            torch.zeros(4, 1).long(), own.masked_fill(~alive, torch.nan), torch.zeros(4, 40), 1.0,
+        )
+    )  # fmt: skip
+    counts = ((own[:, :, None] == own[:, None]) & alive[:, None]).sum(-1)
+    assert torch.equal(-found[alive], counts[alive].double())

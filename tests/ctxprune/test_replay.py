@@ -13,6 +13,7 @@ from ctxprune.policies import DenseConfig, GivenConfig
 from ctxprune.policies.budget import Budget
 from ctxprune.replay import read, resume
 from ctxprune.retrofitting import wrappers
+from ctxprune.teachers.soft_mask import received
 from tests.models import LAYERS, gated, small_model, tokens
 
 CONTEXT, N = 20, 28
@@ -55,6 +56,21 @@ def test_rows_may_follow_any_context_and_gates_stay_out_of_it():
         with ctxprune.mode(model, "dense"):
             wanted = model(ids[row], use_cache=False).logits[:, CONTEXT:]
     assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_a_context_knows_the_scale_of_its_attention():
+    """Some families (Granite) have one of their own; what keys received is computed with it."""
+    model, ids = ctxprune.retrofit(small_model(), DenseConfig()).double(), tokens(2, N)
+    plain = small_model().double()
+    plain.set_attn_implementation("eager")
+    for wrapper, layer in zip(wrappers(model), plain.model.layers, strict=True):
+        wrapper.inner.scaling = layer.self_attn.scaling = 0.05
+    context = read(model, ids)
+    with torch.no_grad():
+        shares = plain(ids, output_attentions=True).attentions
+    for layer in range(LAYERS):
+        observers = torch.arange(N, 0, -1)
+        assert torch.allclose(received(context, layer), shares[layer].mean(1).sum(1) / observers, atol=1e-12)
 
 
 def test_a_bias_has_the_gradient_of_a_finite_difference():

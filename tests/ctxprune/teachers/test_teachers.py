@@ -18,7 +18,7 @@ from ctxprune.replay import read, resume
 from ctxprune.retrofitting import wrappers
 from ctxprune.tasks.scoring import spearman
 from ctxprune.tasks.task import TaskBatch
-from ctxprune.teachers import reward
+from ctxprune.teachers import reward, soft_mask
 from ctxprune.teachers.bandit import teach_budgets
 from ctxprune.teachers.dms import DMSTraining, learn_to_evict
 from ctxprune.teachers.edge_gradient import edge_gradients, left_out
@@ -43,8 +43,13 @@ def test_future_attention_is_the_attention_of_what_follows():
     plain.set_attn_implementation("eager")
     with torch.no_grad():
         shares = plain(ids, output_attentions=True).attentions
+    asked = torch.zeros(2, N - CONTEXT, dtype=torch.bool)
+    asked[0, 1] = asked[1, 3] = True
+    some = future_attention(model, context, ids[:, CONTEXT:], asked)
     for layer in range(LAYERS):
-        assert torch.allclose(got[layer], shares[layer][:, :, CONTEXT:, :CONTEXT].mean(1).sum(1), atol=1e-12)
+        mass = shares[layer][:, :, CONTEXT:, :CONTEXT].mean(1)
+        assert torch.allclose(got[layer], mass.sum(1), atol=1e-12)
+        assert torch.allclose(some[layer], torch.stack([mass[0, 1], mass[1, 3]]), atol=1e-12)
 
 
 def test_gradients_stand_for_leaving_single_keys_out():
@@ -136,6 +141,26 @@ def test_an_agent_that_pays_for_keeping_learns_to_drop_and_one_that_does_not_kee
         reinforce(model, TASK, how, protected=1, progress=lambda step, reward, share, to=shares: to.append(share))
         kept[price] = shares[-1]
     assert kept[5.0] < 0.3 < 0.5 < kept[0.0]
+
+
+def test_what_is_protected_is_never_tried_without(monkeypatch):
+    """Neither by an agent nor under a soft mask."""
+    tried, biases = [], []
+    monkeypatch.setattr(
+        reward,
+        "rewards",
+        lambda model, rows, context, keep, price, cost: tried.append(keep) or (torch.rand(4, 8), torch.rand(4, 8)),
+    )
+    how = RewardConfig(price=5.0, steps=3, rows=8, rollouts=4)
+    reinforce(recaller(AgentConfig(sinks=1, recent=2)), TASK, how, protected=1, recent=2)
+    assert all(keep[..., [0, -1, -2]].all() and not keep[..., 1:-2].all() for keep in tried) and len(tried) == 3
+    resumed = soft_mask.resume
+    monkeypatch.setattr(
+        soft_mask, "resume", lambda model, context, ids, bias: biases.extend(bias) or resumed(model, context, ids, bias)
+    )
+    soften(recaller(LTPConfig(sinks=1, recent=2)), TASK, SoftMaskConfig(steps=1, rows=2), protected=1, recent=2)
+    for bias in biases:
+        assert not bias[..., [0, -1, -2]].any() and (bias[..., 1:-2] < 0).all()
 
 
 def test_a_target_is_met_by_moving_the_price(monkeypatch):

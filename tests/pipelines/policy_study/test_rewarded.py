@@ -33,7 +33,7 @@ def test_what_is_taught_for_a_moment_meets_its_budget_and_says_how_long_it_took(
     monkeypatch.setattr(thresholds, "ROWS", 64)
     notes: dict[str, float] = {}
     made = retrofitted(method, model(), TASK, 0.4, 0, seconds=0.2, notes=notes)
-    found = measure(made, TASK, 64, split="validation")
+    found = measure(made, TASK, 64)
     # Tokens that are worth the same to an agent that has learned little stay or go together.
     least = 0.396 if method.name == "budget bandit" else 0.2
     assert least < found.kept.mean() <= 0.4 and notes["taught_in"] > 0
@@ -57,7 +57,8 @@ def test_seconds_and_steps_reach_the_lesson_and_nothing_of_it_follows_the_second
     retrofitted(agent, model(), TASK, 0.25, 3)
     (limited, more), (free, _) = seen
     assert (limited.seconds, free.seconds) == (60.0, None) and limited.steps == free.steps and limited.seed == 3
-    assert more == {"protected": wrappers(made)[0].rule.ranking.config.sinks}
+    config = wrappers(made)[0].rule.ranking.config
+    assert more == {"protected": config.sinks, "recent": config.recent} and config.recent > 0
 
 
 def test_a_point_depends_on_the_limit_only_where_its_method_has_one():

@@ -101,7 +101,7 @@ def few(monkeypatch):
 
 def test_thresholds_of_other_rows_than_are_measured_are_set_again_and_it_is_told_what_they_kept(few):
     model = pruned(DRIFTING)
-    foreseen = meet(model, DRIFTING, 0.25)
+    foreseen, _ = meet(model, DRIFTING, 0.25)
     assert abs(share_of(model, DRIFTING, "test") / 0.25 - 1) <= FEWER
     twin = pruned(DRIFTING)
     settle(twin, DRIFTING, 0.25)
@@ -110,8 +110,9 @@ def test_thresholds_of_other_rows_than_are_measured_are_set_again_and_it_is_told
 
 def test_thresholds_that_hold_on_the_measured_rows_stay_those_of_the_validation_rows(few):
     model, twin = pruned(STEADY), pruned(STEADY)
-    foreseen = meet(model, STEADY, 0.25)
+    foreseen, right = meet(model, STEADY, 0.25)
     settle(twin, STEADY, 0.25)
     assert abs(foreseen / 0.25 - 1) <= FEWER and share_of(model, STEADY, "test") == foreseen
+    assert right == measure(model, STEADY, thresholds.ROWS).right.mean()
     for split in ("validation", "test"):
         assert share_of(model, STEADY, split) == share_of(twin, STEADY, split)
