@@ -258,7 +258,7 @@ METHODS = (
     _agent("agent, no features", "control", rewarded.agent, blind=True),
     Method("budget bandit", "reward", rewarded.budgets(SINKS, RECENT), rewarded.bandit, adaptive=True, limited=True),
     Method("learned gates", "fine-tuned", _gates, _fine_tuned_gates, adaptive=True, edition=5),
-    Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True, edition=2),
+    Method("DMS", "fine-tuned", _evicting, _learned_eviction, adaptive=True),
     Method(
         "gradients, question known", "gradient", _ranked("given"), around=_gradients(aware=True), aware=True, edition=2
     ),

@@ -9,7 +9,7 @@ import ctxprune
 from ctxprune import Alarm, PrunedCache, UserError, generate
 from ctxprune.cache.cold_store import COLD_PAGE, ColdStore, archive
 from ctxprune.cache.layer_cache import LayerCache
-from ctxprune.cache.revival import attend_again, bounds, live_mass
+from ctxprune.cache.revival import attend_again, bounds, live_mass, revive
 from ctxprune.kernels.decode.pages import NEVER
 from tests.models import LAYERS, gated, small_model, tokens
 
@@ -139,6 +139,18 @@ def test_in_bfloat16_only_what_is_stored_is_rounded():
     (output, mass, bound), (exact, exact_mass, exact_bound) = found
     assert torch.equal(bound, exact_bound) and torch.equal(mass, exact_mass)
     torch.testing.assert_close(output, exact, atol=0.02, rtol=0.0)
+
+
+def test_a_row_whose_query_is_no_number_takes_nothing_from_its_neighbours():
+    step, back = torch.tensor([59, 30], dtype=torch.int32), []
+    for spoilt in (False, True):
+        hot, cold, query = stores(0)
+        archive(hot, cold, step)
+        if spoilt:
+            query[0] = torch.nan
+        assert revive(Alarm(share=0.01), hot, cold, query, step, 0.3)
+        back.append(hot.positions(step)[1])
+    assert back[0] == back[1] and len(back[0]) > 4
 
 
 def test_the_living_mass_is_the_softmaxs_own():
