@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -122,7 +123,7 @@ class FileTask(ABC):
     def _asked(self, tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
         encode = _encoder(tokenizer)
         row = Row.of([document_start_id(tokenizer), *encode(example.text)][: self.max_tokens])
-        for number, (prompt, answer) in enumerate(self.questions(example)):
+        for number, (prompt, answer) in enumerate(islice(self.questions(example), self._asks(tokenizer, example))):
             ids = encode(answer)
             if self.labels:
                 row.ask(encode(prompt), ids, [number] * len(ids))
@@ -133,6 +134,15 @@ class FileTask(ABC):
                 ids = [*cut, *end]
                 row.ask(encode(prompt), ids, list(range(len(ids))))
         return row
+
+    def _asks(self, tokenizer: PreTrainedTokenizerFast, example: Example) -> int | None:
+        """How many words are asked about: those that the context holds whole, the first in any case; None: all."""
+        if not example.words:
+            return None
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        read = tokenizer(example.text, **plain)["offset_mapping"][: self.max_tokens - 1][-1][1]
+        ends = accumulate(len(word) + 1 for word in example.words)  # each with the space behind it
+        return max(1, sum(end - 1 <= read for end in ends))
 
     def _labelled(self, tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
         words = list(example.words) or [example.text]

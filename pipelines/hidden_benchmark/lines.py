@@ -11,12 +11,15 @@ def data(record: dict) -> str:
     rows, short = record["rows"], sum(record["left_out"].values())
     tags = record["task"] == "entities"
     kinds, gone = ("tags", "longer sentences") if tags else ("classes", "shorter texts")
+    joined = (
+        "sentences are joined into rows; each in a short row of its own, they would cost dense less\n" if tags else ""
+    )
     measure = f"{'F1':>6}  {'words':>6}" if tags else f"{'right':>6}"
     return (
         f"{len(record['labels'])} {kinds}, {rows['train']} rows to train on and {rows[record['judged_on']]} of the "
         f"{record['judged_on']} split, {record['tokens']} tokens each; {short} {gone} left out; always the most "
         f"frequent {'tag' if tags else 'class'}: {record['most_frequent']:.1%}\n"
-        f"BERT, {record['parameters'] / 1e6:.1f} M parameters; from scratch {record['base_steps']} steps, then "
+        f"{joined}BERT, {record['parameters'] / 1e6:.1f} M parameters; from scratch {record['base_steps']} steps, then "
         f"{record['steps']} of {record['batch']} rows for each method\n"
         f"{'method':<22} {measure}  {'points to dense, 95 %':<24} {'FLOPs':>6}  tokens by layer"
     )

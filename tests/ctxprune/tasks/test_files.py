@@ -109,6 +109,21 @@ def test_free_text_counts_token_by_token_and_a_label_as_a_whole(given):
     assert set(tags.questions[0].tolist()) == {-1, 0, 1, 2, 3}
 
 
+def test_a_word_that_was_cut_is_not_asked_about_and_a_cut_answer_has_no_end(given):
+    tokenizer = load_tokenizer(given["wnut17"]["tokenizer"])
+    tags = from_dict({**given["wnut17"], "max_tokens": 6}).batch("train", 0, 0, 8)
+    for row in range(8):
+        read = tokenizer.decode(tags.input_ids[row][in_context(tags)[row]]).removeprefix("<|endoftext|>").split(" ")
+        asked = tokenizer.decode(tags.input_ids[row, int(tags.context_end[row]) :])
+        assert asked.count(" =") == tags.questions[row].max() + 1 < 4
+        assert f"{read[0]} =" in asked and "left =" not in asked
+    whole = from_dict(given["dialogsum"]).batch("train", 0, 0, 1)
+    length = int((whole.answers[0] != IGNORED).sum())
+    cut = from_dict({**given["dialogsum"], "max_tokens": 2 * (length - 2)}).batch("train", 0, 0, 1)
+    said = cut.answers[0][cut.answers[0] != IGNORED]
+    assert len(said) == length - 2 and tokenizer.eos_token_id not in said.tolist()
+
+
 def test_an_encoder_is_asked_for_labels_where_its_head_reads_them(given):
     base = {"form": "encoder", "tokenizer": str(Path(given["sst2"]["tokenizer"]).with_name("encoder"))}
     sentiment = from_dict({**given["sst2"], **base})
