@@ -87,7 +87,7 @@ class LayerCache(PagePool):
         if self.promised > 0:
             self.promised -= 1
             return
-        spare, lacking = self._lacking(ahead=self.spare_pages is None)  # of a fixed pool others may need the rest
+        spare, lacking = self._lacking(ahead=self.spare_bytes is None)  # of a fixed pool others may need the rest
         if bool(lacking.any()):
             self.give(lacking.long())
             spare = spare + lacking * self.pages.page

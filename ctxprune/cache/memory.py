@@ -52,9 +52,9 @@ class CacheMemory:
         return [] if self.alarm is None else self.alarm.cold
 
     # A pool of fixed size.
-    def spare_pages(self, layer: LayerCache) -> int:
-        """How many pages more this layer may have, if no other takes any."""
-        return max(0, (self.max_bytes or 0) - self.allocated_bytes()) // layer.page_bytes()
+    def spare_bytes(self) -> int:
+        """How many more the layers may take together."""
+        return max(0, (self.max_bytes or 0) - self.allocated_bytes())
 
     def make_room(self) -> bool:
         """Give every row the page that its next token needs in some layer; False, and none, where there are too few."""
@@ -69,7 +69,7 @@ class CacheMemory:
             lacking = [(layer, layer.rows_without_room(layer.of_rows(self.lengths), ahead)) for layer in self.held]
             wanted = [(layer, rows.long()) for layer, rows in lacking if rows is not None and bool(rows.any())]
             growth = sum(layer.growth_for(int(rows.sum())) * layer.page_bytes() for layer, rows in wanted)
-            if growth <= self.max_bytes - self.allocated_bytes():
+            if growth <= self.spare_bytes():
                 for layer, rows in wanted:
                     layer.give(rows, exact=True)
                 return True

@@ -45,8 +45,8 @@ class PagePool:
         )
         self.in_use = 0
         """Pages given out."""
-        self.spare_pages: Callable[[], int] | None = None
-        """How many pages more the pool may have; None: as many as it likes."""
+        self.spare_bytes: Callable[[], int] | None = None
+        """How many bytes more the pool may take; None: as many as it likes."""
         self.grew: Callable[[], None] | None = None
         """Told after every change of how many pages there are."""
         self.reserved = 0
@@ -90,8 +90,8 @@ class PagePool:
         if wanted <= capacity:
             return
         growth = wanted - capacity if exact else max(wanted - capacity, capacity // GROWTH)
-        if self.spare_pages is not None:
-            growth = min(growth, self.spare_pages())
+        if self.spare_bytes is not None:
+            growth = min(growth, self.spare_bytes() // self.page_bytes())
             if capacity + growth < wanted:
                 raise PoolFull
         self._resize(capacity + growth)

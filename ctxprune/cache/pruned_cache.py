@@ -7,7 +7,6 @@ was dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
@@ -143,7 +142,7 @@ class PrunedCache(CacheMemory, Cache):
         if self.max_bytes is not None:
             if self.allocated_bytes() + layer.allocated_bytes() > self.max_bytes:
                 raise PoolFull
-            layer.spare_pages = partial(self.spare_pages, layer)
+            layer.spare_bytes = self.spare_bytes
         layer.grew = self._grew
         if self.expected is not None:
             layer.reserve(int((-(-self.expected // self.page)).sum()))
@@ -210,7 +209,7 @@ class PrunedCache(CacheMemory, Cache):
             if self.alarm is not None and other.alarm is not None:
                 self.alarm.cold = other.alarm.cold
             for layer in self.held:
-                layer.spare_pages = None if self.max_bytes is None else partial(self.spare_pages, layer)
+                layer.spare_bytes = None if self.max_bytes is None else self.spare_bytes
             for layer in [*self.held, *self._cold()]:
                 layer.grew = self._grew
         else:

@@ -99,8 +99,7 @@ class Batcher:
         if self.dense and self.max_cache_bytes is not None and whole > self.max_cache_bytes:
             raise UserError(f"max_cache_bytes is {self.max_cache_bytes}: this request needs {whole}, give more")
         how = sampling or Sampling()
-        device = next(self.model.parameters()).device
-        generator = torch.Generator(device=device).manual_seed(how.seed)
+        generator = torch.Generator(next(self.model.parameters()).device).manual_seed(how.seed)
         ids = prompt.detach().cpu().long()
         one = Request(self.submitted, ids, max_new_tokens, how, generator, ends_of(eos_token_id), pinned, on_token)
         self.submitted += 1
@@ -186,23 +185,23 @@ class Batcher:
         except UserError as error:  # one of them cannot be served, and is told so alone
             if len(group) == 1:
                 raise Refused(str(error)) from error
-            self.waiting.extendleft(reversed(group))
-            return self._read([self.waiting.popleft()])
+            fewer = 1
         except PoolFull:
             self.expectation.was_too_low()
-            self.waiting.extendleft(reversed(group))
-            if len(group) > 1:
-                return self._read([self.waiting.popleft() for _ in range(len(group) // 2)])
-            if self.running:
-                return False
-            self.waiting.popleft()
-            raise Refused(
-                f"max_cache_bytes is {self.max_cache_bytes}: too small for the request of {len(group[0].text())} "
-                "tokens, give more"
-            ) from None
+            if len(group) == 1 and not self.running:
+                raise Refused(self._too_small("the request", group[0])) from None
+            fewer = len(group) // 2
         except BaseException:  # whatever went wrong, nobody is lost
             self.waiting.extendleft(reversed(group))
             raise
+        else:
+            self._join(cache, logits, group)
+            return True
+        self.waiting.extendleft(reversed(group))
+        return fewer > 0 and self._read([self.waiting.popleft() for _ in range(fewer)])
+
+    def _join(self, cache: PrunedCache, logits: Tensor, group: list[Request]) -> None:
+        """Who has been read runs."""
         try:
             self._hear()
             logits = logits if self.logits is None else torch.cat([self.logits, logits])
@@ -212,7 +211,6 @@ class Batcher:
             self.waiting.extendleft(reversed([one for one in group if one not in self.running]))
             raise
         self.most_running = max(self.most_running, len(self.running))
-        return True
 
     def _prefilled(self, group: list[Request]) -> tuple[PrunedCache, Tensor]:
         """A cache of their own that has read them, and the logits after each."""
@@ -224,6 +222,9 @@ class Batcher:
         try:
             logits = read(self.model, cache, group, self.prefill_chunk)
             cache.shrink(0.0)
+        except BaseException:
+            cache.reset()  # now: it is a cycle, and others are read next
+            raise
         finally:
             self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.held_bytes() + cache.peak_bytes)
         self.expectation.learn(cache.allocated_bytes(), group)
@@ -279,16 +280,16 @@ class Batcher:
             if len(self.running) == 1:
                 one = self.running[0]
                 self._keep([])  # what it has written stays true, and others may come
-                raise UserError(
-                    f"max_cache_bytes is {self.max_cache_bytes}: too small for a sequence of {len(one.text())} tokens, "
-                    "give more"
-                )
+                raise UserError(self._too_small("a sequence", one))
             youngest = max(range(len(self.running)), key=lambda row: self.running[row].index)
             one = self.running[youngest]
             self._hear()  # a text in the queue is whole
             one.pauses += 1
             self.waiting.appendleft(one)
             self._keep([row for row in range(len(self.running)) if row != youngest])
+
+    def _too_small(self, what: str, one: Request) -> str:
+        return f"max_cache_bytes is {self.max_cache_bytes}: too small for {what} of {len(one.text())} tokens, give more"
 
     def _feed(self) -> None:
         """Each row's last token goes through the model."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
+from ctxprune.errors import UserError
 from ctxprune.tasks.examples import Example, changed, table
 from ctxprune.tasks.prompted import FileTask
+from ctxprune.text.files import named
 
 
 @dataclass(frozen=True)
@@ -31,5 +35,11 @@ class ClassesConfig(FileTask):
 
 @lru_cache(maxsize=8)
 def _labels(file: str, changed: int) -> tuple[str, ...]:
-    """Read once for each state of the file."""
-    return tuple(sorted({example.label for example in table(file, None)}))
+    """Read once for each state of the file. A label of a single text is taken for a slip, or for a title line."""
+    count = Counter(example.label for example in table(file, None))
+    for label, texts in count.items():
+        if texts == 1:
+            raise UserError(
+                f"{named(Path(file))}: one text alone has the label {label!r}: mend it, or give more of them"
+            )
+    return tuple(sorted(count))

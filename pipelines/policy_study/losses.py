@@ -43,7 +43,9 @@ def _told(row: dict) -> str:
 
 
 def _beaten(row: dict, best: dict) -> str:
-    start = f"{_where(row)} {_told(row)} does not beat {best['method']} {_told(best)}, the best without learning"
+    start = (
+        f"{_where(row)} {_told(row)} does not beat {best['method']} {_told(best)}, the best whose choice is not learned"
+    )
     if row["seeds"] == 1:
         return f"{start}."
     found = differences(row, best)

@@ -4,7 +4,7 @@ A policy of the study decides where the contexts of a batch end, and these must 
 batch is of texts that are neighbours in length, and all of it is cut to one length, a multiple of STEP tokens: the
 FIRST tokens stay, at most 2 * STEP - 2 of a text are lost in the thick of the lengths, more where texts are rare. Then
 a half, a quarter and an eighth of a context are whole numbers of keys. What stands behind the context is the task's
-prompt and the answer: the first token of a label, which is all that is asked then, or the first tokens of a
+prompt and the answer: a token that stands for the label (its first, if that will do), or the first tokens of a
 translation or a summary, each of which is a question, given the right ones before it. These are cut to the shortest of
 a batch, whose answers are neighbours in length too.
 """
@@ -203,7 +203,7 @@ def encoded(task: str, train: str, test: str | None) -> tuple[dict[str, np.ndarr
     answer_of = None
     if read.labels:
         labels = [asked(Example("", label))[1] for label in read.labels]
-        answer_of = dict(zip(labels, first_tokens(tokenizer, labels), strict=True))
+        answer_of = dict(zip(labels, label_tokens(tokenizer, labels), strict=True))
     tensors: dict[str, np.ndarray] = {}
     for split in SPLITS:
         texts = [one[:LONGEST] for one in encode_documents(tokenizer, [example.text for example in splits[split]])]
@@ -213,7 +213,8 @@ def encoded(task: str, train: str, test: str | None) -> tuple[dict[str, np.ndarr
         tensors |= _flat(f"{split}.texts", [ids for ids, _ in long]) | _flat(f"{split}.answers", said)
     prompts = {prompt for prompt, _ in map(asked, splits["train"])}
     assert len(prompts) == 1, "a task that asks differently by label gives it away"
-    return tensors, {"prompt": _plain(tokenizer, prompts.pop()), "vocab_size": len(tokenizer)}
+    ids = max([len(tokenizer) - 1, *(answer_of or {}).values()]) + 1
+    return tensors, {"prompt": _plain(tokenizer, prompts.pop()), "vocab_size": ids}
 
 
 def _flat(name: str, rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, np.ndarray]:
@@ -223,16 +224,12 @@ def _flat(name: str, rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, np
     return {f"{name}.ids": ids, f"{name}.begins": lengths.cumsum(dtype=np.int64) - lengths, f"{name}.lengths": lengths}
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[int]:
-    """The first token of each answer. UserError where two have the same, for then it does not tell them apart."""
-    first: dict[int, str] = {}
-    for answer in answers:
-        token = _plain(tokenizer, answer)[0]
-        if token in first:
-            both = f"{first[token]!r} and {answer!r}"
-            raise UserError(f"the labels {both} begin with the same token: give more texts of both to train on")
-        first[token] = answer
-    return list(first)
+def label_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[int]:
+    """A token for each label: its first; where two begin alike, which would not tell them apart, all have one of their
+    own behind the vocabulary."""
+    first = [_plain(tokenizer, answer)[0] for answer in answers]
+    alike = len(set(first)) < len(first)
+    return list(range(len(tokenizer), len(tokenizer) + len(answers))) if alike else first
 
 
 def _enough(file: str, there: dict[Split, int], rows: int | None) -> None:

@@ -12,8 +12,9 @@ from ctxprune import UserError, generate
 from ctxprune.cache.pruned_cache import PrunedCache
 from ctxprune.generation import batching
 from ctxprune.generation.batching import Batcher
+from ctxprune.generation.prompts import page_bytes
 from ctxprune.generation.sampling import Sampling
-from tests.models import gated, tokens
+from tests.models import LAYERS, gated, tokens
 
 PROMPTS = [tokens(1, n, seed=n)[0] for n in (20, 18, 33)]
 SAMPLED = Sampling(temperature=1.0, seed=3)
@@ -183,3 +184,27 @@ def test_what_was_thrown_away_is_free_at_once():
         assert [one() for one in pages] == [None] * len(pages)
     finally:
         gc.enable()
+
+
+def test_what_was_full_is_free_when_fewer_are_read(monkeypatch):
+    """The pool's bytes are those of one reading, not of all that were tried."""
+    model, seen, left, read = gated(beta=1e4).double(), [], [], batching.read
+
+    def watched(model, cache, group, chunk):
+        left.append(sum(pages() is not None for pages in seen))
+        try:
+            return read(model, cache, group, chunk)
+        finally:
+            seen.extend(weakref.ref(layer.pages.keys) for layer in cache.held)
+
+    monkeypatch.setattr(batching, "read", watched)
+    batcher = Batcher(model, max_cache_bytes=4 * LAYERS * page_bytes(model, 16), page=16, prefill_chunk=8)
+    batcher.expectation.kept = 0.1  # so that all are read together, in vain
+    for row in range(4):
+        batcher.submit(tokens(1, 20, seed=row)[0], max_new_tokens=2)
+    gc.disable()
+    try:
+        batcher.step()
+    finally:
+        gc.enable()
+    assert len(left) > 1 and left[1] == 0 and batcher.running

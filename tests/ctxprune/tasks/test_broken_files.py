@@ -24,6 +24,7 @@ GOOD = json.dumps({"dialogue": "hello there", "summary": "hi"})
         ("sst2", "sentence\tlabel\n", "has too few examples for a train split"),
         ("sst2", b"good\t1\nb\xffd\t0\n", "line 2 is not UTF-8"),
         ("agnews", "news\tWeather\n", "line 1 has the label 'Weather', which is none of World, Sports"),
+        ("classes", "review\tsentiment\nfine\tgood\nfair\tgood\n", "one text alone has the label 'sentiment'"),
         ("classes", "news\tWeather\nnews without one\n", "line 2 is not a text, a tab and a label"),
         ("wnut17", "Ann\tB-person\nleft\n", "line 2 is not a word, a tab and a tag"),
         ("wnut17", "Ann\tB-person\nleft\t\n", "line 2 is not a word, a tab and a tag"),

@@ -33,17 +33,17 @@ PLANTED = [
     (
         several("LTP", "taught", (0.5, 0.6)),
         "recall at 0.25: LTP (0.550, 0.500 to 0.600 in 2 seeds) does not beat H2O (0.850, 0.800 to 0.900 in 2 seeds), "
-        "the best without learning: it answers less with every seed.",
+        "the best whose choice is not learned: it answers less with every seed.",
     ),
     (
         several("LTP", "taught", (0.7, 0.99)),
         "recall at 0.25: LTP (0.845, 0.700 to 0.990 in 2 seeds) does not beat H2O (0.850, 0.800 to 0.900 in 2 seeds), "
-        "the best without learning: some seeds answer less.",
+        "the best whose choice is not learned: some seeds answer less.",
     ),
     (
         several("LTP", "taught", (0.8, 0.9)),
         "recall at 0.25: LTP (0.850, 0.800 to 0.900 in 2 seeds) does not beat H2O (0.850, 0.800 to 0.900 in 2 seeds), "
-        "the best without learning: every seed answers as much.",
+        "the best whose choice is not learned: every seed answers as much.",
     ),
     (
         several("LTP", "taught", (0.99, 0.99), kept=0.26),

@@ -17,7 +17,6 @@ from ctxprune.retrofitting import retrofit
 from ctxprune.tasks import SYNTHETIC, Task
 from ctxprune.tasks.recall import RecallConfig
 from ctxprune.text.batches import IGNORED
-from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import compose
 from pipelines.policy_study import jobs, run, small_model, table, texts
 from pipelines.policy_study.measure import measure
@@ -179,26 +178,6 @@ def test_where_there_is_no_test_file_a_part_is_held_out(tmp_path, root, files):
     found = Texts(str(root / rows))
     parts = [set(held(found, split)) for split in ("train", "validation", "test")]
     assert all(parts) and not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
-
-
-def test_labels_of_ones_own_are_those_of_the_file(tmp_path, root):
-    own = {"0": "dull", "1": "bright"}
-    train, test = (
-        write(tmp_path / name, [f"{line[:-1]}{own[line[-1]]}" for line in lines(rows, seed)])
-        for name, rows, seed in (("train.tsv", 2600, 0), ("test.tsv", 130, 1))
-    )
-    task = Texts(str(root / texts.kept(root, "classes", train, test, rows=64)))
-    batch = task.batch("test", 0, 0, 64)
-    assert len(set(batch.answers[batch.answers >= 0].tolist())) == 2
-    write(tmp_path / "test.tsv", ["some words\tdull", "some words\tbrown"])
-    with pytest.raises(UserError, match="line 2 has the label 'brown', which is none of bright, dull"):
-        texts.kept(root, "classes", train, test, rows=64)
-
-
-def test_labels_that_begin_alike_are_refused():
-    tokenizer = train_tokenizer(["nothing of the kind"] * 4, 257)
-    with pytest.raises(UserError, match="' Sports' and ' Sci/Tech' begin with the same token"):
-        texts.first_tokens(tokenizer, [" Sports", " Sci/Tech"])
 
 
 def config_of(tmp_path, *words: str):
