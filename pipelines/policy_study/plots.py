@@ -38,7 +38,8 @@ def drawings(made: list[dict]) -> dict[str, Callable[[Ink], Figure]]:
 
 
 def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figure:
-    """A panel per task, a line per method through its budgets; bars from the lowest to the highest seed."""
+    """A panel per task, a line per method through its budgets, or across the panel where it keeps everything; bars from
+    the lowest to the highest seed."""
     tasks = list(dict.fromkeys(row["task"] for row in made))
     methods = list(dict.fromkeys(row["method"] for row in made))
     figure, axes = panels(len(tasks))
@@ -51,6 +52,10 @@ def answers(made: list[dict], field: str, label: str, ink: Ink = LIGHT) -> Figur
         handles.append(swatch(method, **look))
         for task, axis in zip(tasks, axes, strict=True):
             points = [r for r in made if (r["task"], r["method"]) == (task, method) and r[field] is not None]
+            if points and all(row["share"] == 1.0 for row in points):
+                # What keeps everything is a height to look up to; a point so far right would press all others together.
+                axis.axhline(points[0]["right"], color=look["color"], linewidth=1.0, linestyle=(0, (3, 2)))
+                continue
             points.sort(key=lambda row: row[field])
             x, y = [row[field] for row in points], [row["right"] for row in points]
             spread = [

@@ -37,6 +37,13 @@ def test_the_interval_against_dense_spans_those_of_all_seeds_and_is_left_out_whe
     assert " to -0" not in table.markdown([point("H2O", "attention", 0)])
 
 
+def test_what_keeps_everything_is_a_line_across_and_does_not_stretch_the_plot():
+    whole = point("dense, fine-tuned", "control", 0, right=0.9) | {"share": 1.0, "kept": 1.0, "cache": 1.0}
+    figure = plots.answers(table.rows([point("H2O", "attention", 0), whole]), "cache", "bytes")
+    (axis,) = figure.axes
+    assert axis.get_xlim()[1] < 0.5 and [0.9, 0.9] in [list(line.get_ydata()) for line in axis.lines]
+
+
 def test_what_is_answered_with_everything_kept_is_said_where_it_is_known():
     records = [point("H2O", "attention", seed, against_dense=-0.1 * (1 + seed)) for seed in range(2)]
     for said in (table.text(records), table.markdown(records)):
