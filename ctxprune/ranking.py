@@ -66,11 +66,11 @@ class Table(Keys):
 
     def before(self, column: Int[Tensor, " rows"], window: int) -> tuple[Tensor, Tensor]:
         """The last `window` real queries before each row's new token `column`, and their positions; -1 for none, and
-        for those of another document."""
+        for those of another document than the last of them: behind a prompt may be padding, or the next document."""
         n, width = self.clock.shape[1], self.queries.shape[-1]
         old = self.query_position.shape[1] - n
         place = torch.arange(old + n, device=column.device).expand(len(column), -1)
-        last = column.clamp(max=n - 1)
+        last = (column - 1).clamp(min=0)
         first = last - self.new.gather(1, last[:, None]).squeeze(1).clamp(min=0)
         earlier = (place < column[:, None] + old) & (place - old >= first[:, None])
         real = earlier & (self.query_position >= 0)

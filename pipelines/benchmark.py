@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ctxprune import checkpoint
 from ctxprune.checkpoint import model_folder
+from ctxprune.errors import UserError
 from ctxprune.packing import pack
 from pipelines import (
     cascade_benchmark,
@@ -25,9 +26,10 @@ from pipelines import (
     output,
 )
 from pipelines.config import Config
-from pipelines.decoding_benchmark import measure, text_of
+from pipelines.decoding_benchmark import TEXT, measure, text_of
 from pipelines.evaluate import as_trained, corpus_for, refuse_changed
 from pipelines.machine import device, machine, versions
+from pipelines.models import refuse_long
 from pipelines.progress import Bars
 
 
@@ -73,7 +75,10 @@ def _feedback(config: Config, folder: Path, data: Path) -> int:
     about = {"checkpoint": folder.name, "benchmark": vars(settings), "feedback": vars(config.feedback)}
     about |= {"machine": machine(), "versions": versions()}
     ids, asked = text_of(data, settings), config.feedback
+    if "alarm" in asked.loops and settings.new_tokens < 2:
+        raise UserError("the alarm is measured from the second new token on: give benchmark.new_tokens=2 or more")
     model = checkpoint.load(folder, device=device())
+    refuse_long(model, settings.prompt + settings.new_tokens, TEXT)
     if asked.packed:
         pack(model)
     how = asked.loops, asked.draft, asked.temperature

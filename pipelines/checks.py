@@ -109,6 +109,9 @@ def _check_model(config: Config, trial: bool) -> None:
 def check_data(config: Config) -> None:
     """Raise UserError for text that is asked for without saying which."""
     data = config.data
+    for name, source, word in (("path", "files", "data=files"), ("names", "hub", "data.source=hub")):
+        if getattr(data, name) and data.source != source:
+            raise UserError(f"data.{name} is read with {word} alone, and data.source is {data.source}: add {word}")
     if data.source == "files":
         if not data.path:
             raise UserError("data.source=files needs data.path=FILE_OR_FOLDER")

@@ -20,6 +20,7 @@ from ctxprune.errors import UserError
 from pipelines import store
 from pipelines.config import ClusterConfig
 from pipelines.engine import quiet_environment
+from pipelines.machine import cores
 from pipelines.worker import METRICS, Job, work
 
 POLL_SECONDS = 0.5
@@ -50,6 +51,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
 
     # "local": else Ray would join whatever RAY_ADDRESS or an earlier `ray start` names.
     how = {"address": cluster.address or "local", "include_dashboard": None if cluster.address else False}
+    if cluster.address is None:
+        how["num_cpus"] = cores()  # of its own it counts those too that this process may not use
     try:
         _reach(cluster.address)
         # Whether workers see GPUs is said when one connects: a cluster that is joined is asked first.
@@ -109,21 +112,27 @@ def slots(cluster: ClusterConfig) -> int:
     """Jobs at a time: what is asked for, never more than the cluster's cores and GPUs hold."""
     import ray
 
-    cluster, total = settled(cluster), ray.cluster_resources()
-    fits = fitting(cluster, int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+    cluster, there = settled(cluster), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = fitting(cluster, [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in there])
     return min(cluster.concurrency, fits) if cluster.concurrency else fits
 
 
-def fitting(cluster: ClusterConfig, cores: int, gpus: int) -> int:
-    """Jobs that so many cores and GPUs hold. UserError for none: Ray would wait for more without a word."""
-    fits = []
-    for name, each, there in (("cpus", cluster.cpus_per_worker, cores), ("gpus", gpus_of(cluster), gpus)):
-        if each:
-            fits.append(there // (cluster.workers * each))
-        if each and not fits[-1]:
-            asked = f"cluster.workers={cluster.workers} x cluster.{name}_per_worker={each}"
+def fitting(cluster: ClusterConfig, nodes: list[tuple[int, int]]) -> int:
+    """Jobs that machines of so many cores and GPUs hold; a process lies on one of them. UserError for none: Ray would
+    wait for more without a word."""
+    needs = (cluster.cpus_per_worker, gpus_of(cluster) or 0)
+    for place, name in enumerate(("cpus", "gpus")):
+        if needs[place] and sum(node[place] // needs[place] for node in nodes) < cluster.workers:
+            asked = f"cluster.workers={cluster.workers} x cluster.{name}_per_worker={needs[place]}"
+            there = " + ".join(str(node[place]) for node in nodes) or "0"
             raise UserError(f"{asked} is more than the {there} {name} there are: lower one, or join a larger cluster")
-    return min(fits)
+    held = sum(min(there // need for there, need in zip(node, needs, strict=True) if need) for node in nodes)
+    if held < cluster.workers:
+        raise UserError(
+            f"cluster.workers={cluster.workers}, each with {needs[0]} cpus and {needs[1]} gpus: the machines there are "
+            f"hold {held}: lower one, or join a larger cluster"
+        )
+    return held // cluster.workers
 
 
 def run_jobs(
@@ -195,7 +204,8 @@ def _loop(settings: dict) -> None:
 
 
 def _failure_path(job: Job) -> Path:
-    return job.folder.with_name(f".{job.folder.name}.failure.json")
+    folder = job.evaluation or job.folder  # trials that share a training fail for reasons of their own
+    return folder.with_name(f".{folder.name}.failure.json")
 
 
 def _failure(job: Job, error: Exception) -> Failure:

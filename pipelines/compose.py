@@ -246,7 +246,8 @@ def _short_forms(verb: str, overrides: list[str]) -> tuple[list[str], Path | Non
     if verb != "report":
         return overrides, None
     words = [word for word in overrides if not word.startswith(("sweep=", "sweep.name="))]
-    runs = Path(next((w.partition("=")[2] for w in reversed(words) if w.startswith("runs=")), Config().runs))
+    named = [word.partition("=")[2] for word in words if word.startswith("runs=")]
+    runs = Path(named[-1] if named else Config().runs).expanduser()
     given = [word.partition("=")[2] for word in overrides if word not in words]
     name = given[-1] if given else Config().sweep.name
     if checks.NAME.fullmatch(name) and (runs / name).is_dir():

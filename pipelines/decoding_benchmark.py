@@ -16,8 +16,12 @@ from pipelines import store
 from pipelines.config import BenchmarkConfig
 from pipelines.decoding_speed import compare
 from pipelines.machine import device
+from pipelines.models import refuse_long
 from pipelines.progress import Bars
 from pipelines.study import Steps
+
+TEXT = "benchmark.prompt + benchmark.new_tokens"
+"""What a benchmark decodes, in settings."""
 
 
 def run_benchmarks(ready: list[Steps], bars: Bars, failed: Callable[[Steps, Exception], None]) -> None:
@@ -46,6 +50,7 @@ def measure(model_folder: Path, data: Path, settings: BenchmarkConfig, advance=l
     """Decoding speed and cache size of a saved model on held-out text; see ctxprune.decoding and
     decoding_speed.compare."""
     model = checkpoint.load(model_folder, device=device())
+    refuse_long(model, settings.prompt + settings.new_tokens, TEXT)
     ids = text_of(data, settings)
     return compare(model, ids, settings.prompt, settings.repeats, advance)
 
@@ -55,10 +60,7 @@ def text_of(data: Path, settings: BenchmarkConfig) -> torch.Tensor:
     length = settings.prompt + settings.new_tokens
     tokens = read_tokens(data).held_out
     if len(tokens.tokens) < length:
-        raise UserError(
-            f"held-out text has {len(tokens.tokens)} tokens, fewer than "
-            f"benchmark.prompt + benchmark.new_tokens = {length}: lower one"
-        )
+        raise UserError(f"held-out text has {len(tokens.tokens)} tokens, fewer than {TEXT} = {length}: lower one")
     rows = torch.cat([batch.input_ids for batch in held_out_batches(tokens, settings.batch, length, 10**9)])
     # Few held-out rows are repeated: speed does not mind.
     return rows[torch.arange(settings.batch) % len(rows)]

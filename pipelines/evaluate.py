@@ -17,6 +17,7 @@ from pipelines import output
 from pipelines.config import Config
 from pipelines.grid import Trial
 from pipelines.machine import device, machine, versions
+from pipelines.models import refuse_long
 from pipelines.prepare import Corpora, text_fingerprint
 from pipelines.progress import Bars
 
@@ -30,6 +31,7 @@ def main(config: Config, overrides: list[str]) -> int:
         refuse_changed(data, folder, overrides)
         tokens = read_tokens(data)
         model = checkpoint.load(folder, device=device())
+        refuse_long(model, config.train.context, "train.context")
         settings = config.evaluate
         batches = list(held_out_batches(tokens.held_out, settings.batch, config.train.context, settings.tokens))
         with bars.task("evaluating (batches)", len(batches)) as advance:
@@ -40,22 +42,27 @@ def main(config: Config, overrides: list[str]) -> int:
 
 
 def as_trained(config: Config, overrides: list[str], folder: Path) -> Config:
-    """The config with the checkpoint's own data and context, unless the command line names others."""
+    """The config with the checkpoint's own data and context, but for what the command line names: another text, or how
+    its own is read. UserError for contexts it names that are longer."""
     own = checkpoint.read_pruning(folder).get("config")
     named = {word.partition("=")[0] for word in overrides}
     changes: dict[str, Any] = {}
     if own and not names_data(overrides):
-        changes["data"] = type(config.data)(**own["data"])
+        read = {name for name in own["data"] if f"data.{name}" in named}
+        changes["data"] = type(config.data)(**own["data"] | {name: getattr(config.data, name) for name in read})
     if own and "train.context" not in named:
         changes["train"] = dataclasses.replace(config.train, context=own["train"]["context"])
     config = dataclasses.replace(config, **changes)
     contexts = [c for c in config.evaluate.contexts if c <= config.train.context]
+    if "evaluate.contexts" in named and contexts != config.evaluate.contexts:
+        longest = f"evaluate.contexts holds {max(config.evaluate.contexts)}"
+        raise UserError(f"{longest}, above train.context={config.train.context}: use evaluate.contexts={contexts}")
     return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, contexts=contexts))
 
 
 def names_data(overrides: list[str]) -> bool:
-    """Whether the command line says which text is meant."""
-    return any(word.partition("=")[0].split(".")[0] == "data" for word in overrides)
+    """Whether the command line says which text is meant, not only how it is read."""
+    return any(word.partition("=")[0] in ("data", "data.source", "data.path", "data.names") for word in overrides)
 
 
 def corpus_for(config: Config, folder: Path, bars: Bars) -> Path:
@@ -78,8 +85,8 @@ def refuse_changed(data: Path, folder: Path, overrides: list[str]) -> None:
     trained_on = checkpoint.read_pruning(folder).get("text_fingerprint")
     if not names_data(overrides) and trained_on is not None and trained_on != text_fingerprint(data):
         raise UserError(
-            f"the text that {folder} was trained on has changed, and it may have learned what is held out now: "
-            "restore it, or name what to judge on, e.g. data.path=FILE"
+            f"the text that {folder} was trained on has changed, or is read in another way, and it may have learned "
+            "what is held out now: restore it, or name what to judge on, e.g. data=files data.path=FILE"
         )
 
 

@@ -57,6 +57,13 @@ def pretrained(folder_or_id: str, context: int, tokens: TokenStore) -> PreTraine
     return model
 
 
+def refuse_long(model, tokens: int, asked: str) -> None:
+    """UserError where `asked`, so many tokens, is more than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(f"{asked} is {tokens}, more than the model's {positions} positions: lower it")
+
+
 def policy_for(config: Config, layers: int, tokens: TokenStore) -> PolicyConfig:
     """The policy of a trial; window and strided ones are solved for the target on training text. UserError for a target
     that protected tokens put out of reach."""

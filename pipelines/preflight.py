@@ -1,6 +1,7 @@
 """Can this study run at all?
 
-Every mistake a person can mend is found before anything is written or any process started.
+Every mistake a person can mend is found before anything is written or any process started, but for one: a sparsity
+that protected tokens put out of reach is seen in the tokenised text, and that trial fails.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
     """UserError for a job that needs more than this machine has, or the cluster that is to be joined; and where that
     does not answer."""
     if cluster.address is None:
-        fitting(cluster, cores(), torch.cuda.device_count())
+        fitting(cluster, [(cores(), torch.cuda.device_count())])
         return
     with connected(cluster):
         slots(cluster)

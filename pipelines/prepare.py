@@ -110,9 +110,10 @@ def _tokenised(documents: list[str], config: Config, bars: Bars, known: dict[Pat
         return Corpus(inputs, folder, counts)
     train, held_out = corpus.split_documents(documents, config.data.held_out)
     chosen = brought or tokenizer.train_tokenizer(train, config.data.vocab_size)
-    with bars.task("tokenising (documents)", len(train) + len(held_out)) as advance:
-        train_ids = tokenizer.encode_documents(chosen, train, lambda done, total: advance(done))
-        held_out_ids = tokenizer.encode_documents(chosen, held_out, lambda done, total: advance(len(train) + done))
+    first, total = sum(map(len, train)), sum(map(len, documents))
+    with bars.task("tokenising (characters)", total) as advance:
+        train_ids = tokenizer.encode_documents(chosen, train, lambda done, _: advance(done))
+        held_out_ids = tokenizer.encode_documents(chosen, held_out, lambda done, _: advance(first + done))
     counts = sum(map(len, train_ids)), sum(map(len, held_out_ids))
     _refuse_short(*counts, config)
     return Corpus(inputs, folder, counts, (train_ids, held_out_ids), chosen)

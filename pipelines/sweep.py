@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from ctxprune.errors import UserError
@@ -20,6 +21,7 @@ from pipelines.prepare import Corpora
 from pipelines.progress import Bars
 from pipelines.report import read_plan, report
 from pipelines.study import Steps, collect, publish, steps
+from pipelines.worker import Job
 
 
 def main(config: Config, overrides: list[str]) -> int:
@@ -69,9 +71,12 @@ def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars, be
     if any(set(one.missing()) - {"benchmark"} for one in todo):
         with cluster.connected(config.cluster):
             _run(_base_jobs(todo), config, folder, bars, failures)
-            first, rest = waves(_trial_jobs(todo, failures, folder, bars))
+            first, rest = waves(_trial_jobs(todo, failures, folder, bars), lambda job: job.folder)
             _run(first, config, folder, bars, failures)
-            _run(_trained(rest, first, failures, folder, bars), config, folder, bars, failures)
+            # Of those that are evaluated alike, too, one does it for all; another tries where that one failed.
+            while rest := [one for one in rest if not store.finished(one[1].evaluation)]:
+                now, rest = waves(_trained(rest, first, failures, folder, bars), lambda job: job.evaluation)
+                _run(now, config, folder, bars, failures)
 
     def failed(one: Steps, error: Exception) -> None:
         cause = f"its benchmark failed: {type(error).__name__}: {error}".splitlines()[0]
@@ -85,11 +90,11 @@ def _study(config: Config, trials: list[Trial], corpora: Corpora, bars: Bars, be
     return failures
 
 
-def waves(jobs: list) -> tuple[list, list]:
+def waves(jobs: list, makes: Callable[[Job], Path | None]) -> tuple[list, list]:
     """Jobs that may run together, and those that wait: trials which differ in how they are evaluated or timed share a
-    training, that the first of them does."""
-    first = {job.folder: name for name, job in reversed(jobs)}
-    leads = [first[job.folder] == name for name, job in jobs]
+    training, that the first of them does, and those that differ in how they are timed an evaluation."""
+    first = {makes(job): name for name, job in reversed(jobs)}
+    leads = [first[makes(job)] == name for name, job in jobs]
     together = [one for one, leading in zip(jobs, leads, strict=True) if leading]
     return together, [one for one, leading in zip(jobs, leads, strict=True) if not leading]
 

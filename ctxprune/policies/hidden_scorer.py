@@ -36,7 +36,8 @@ class HiddenScorerConfig(RankedConfig):
 
 @dataclass(frozen=True)
 class FutureConfig(HiddenScorerConfig):
-    """Taught by the attention that keys are going to get (as KVP, arXiv 2602.10238, and KVzap): the teacher is
+    """Taught by the attention that keys are going to get: what KVP (arXiv 2602.10238) rewards its agents for, learned
+    as KVzap learns, from hidden states and without reward, one score for all heads. The teacher is
     ctxprune.teachers.future_attention."""
 
     policy: ClassVar[str] = "future"

@@ -18,9 +18,9 @@ from ctxprune.policies.scorer import Scorer, Signals
 
 @dataclass(frozen=True)
 class SnapKVConfig(RankedConfig):
-    """Attention of the last `window` queries, mean over them and over heads. With budget.pyramid it is PyramidKV (arXiv
-    2406.02069), with apart and budget.head_floor Ada-KV (arXiv 2407.11550). The paper always keeps the window: that is
-    recent=window; by default its keys compete, all but the last `recent`."""
+    """Attention of the last `window` queries, mean over heads and over the queries that could see the key. With
+    budget.pyramid it is PyramidKV (arXiv 2406.02069), with apart and budget.head_floor Ada-KV (arXiv 2407.11550). The
+    paper always keeps the window: that is recent=window; by default its keys compete, all but the last `recent`."""
 
     policy: ClassVar[str] = "snapkv"
     window: int = 32
@@ -47,8 +47,9 @@ class SnapKVScorer(Scorer):
         self.window, self.pool = window, pool
 
     def score(self, seen: Signals) -> Float[Tensor, "rows keys"]:
-        there = (seen.query_position >= 0).sum(1, keepdim=True).clamp(min=1)
-        asked = seen.attention().mean(1).sum(1) / there
+        # Of the window's own keys later queries alone could see them: by all of them they would be worth too little.
+        could = (seen.query_position[:, :, None] >= seen.position[:, None]).sum(1).clamp(min=1)
+        asked = seen.attention().mean(1).sum(1) / could
         if self.pool == 1:
             return asked
         # Neighbours by position, whatever lies between them in the table; what is not there counts as 0.

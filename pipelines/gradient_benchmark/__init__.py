@@ -21,7 +21,7 @@ from ctxprune.text.batches import held_out_batches
 from ctxprune.text.token_store import TokenSplit, read_tokens
 from pipelines import output
 from pipelines.config import Config, GradientsConfig
-from pipelines.evaluate import as_trained, corpus_for
+from pipelines.evaluate import as_trained, corpus_for, refuse_changed
 from pipelines.gradient_benchmark import cost, lines, worth
 from pipelines.grid import Trial
 from pipelines.machine import machine, versions
@@ -76,6 +76,7 @@ def opened(config: Config, overrides: list[str], bars: Bars) -> Subject:
     if config.generate.checkpoint:
         folder = model_folder(Path(config.generate.checkpoint))
         text = corpus_for(as_trained(config, overrides, folder), folder, bars)
+        refuse_changed(text, folder, overrides)
         # The name of a trial, whose model lies in train/model, says more than "model".
         return Subject(_name(folder), checkpoint.load(folder, device=device), read_tokens(text).held_out)
     tokens = read_tokens(Corpora([Trial("", config, [])], bars).folder(config))

@@ -18,7 +18,7 @@ import ctxprune
 from ctxprune import PrunedCache, tasks
 from ctxprune.policies import DenseConfig
 from ctxprune.ranked_calls import Decisions
-from ctxprune.retrofitting import state_of
+from ctxprune.retrofitting import state_of, wrappers
 from ctxprune.tasks.task import TaskBatch
 from pipelines import store
 from pipelines.policy_study import jobs, texts
@@ -53,7 +53,9 @@ def timed(
                 subjects = _subjects(study, methods, root, inputs, share)
                 rounds = _rounds(subjects, rows, share, study.repeats)
                 dense = rounds.pop("dense")
-                found |= {(name, label, share): _beside(one, dense) for label, one in rounds.items()}
+                found |= {
+                    (name, label, share): _beside(one, dense, subjects[label][0]) for label, one in rounds.items()
+                }
                 done += len(rounds)
                 advance(done)
             for label, more in longer(subjects, name, share, rows.end).items():
@@ -122,12 +124,13 @@ def _rounds(subjects: Subjects, rows: TaskBatch, share: float, turns: int) -> di
     }
 
 
-def _beside(one: dict[str, float], dense: dict[str, float]) -> dict[str, float | None]:
-    """What the table says of a method."""
+def _beside(one: dict[str, float], dense: dict[str, float], model: torch.nn.Module) -> dict[str, float | None]:
+    """What the table says of a method. What gates decide is part of their attention: nobody can time it alone."""
+    gated = any(wrapper.rule.gate is not None for wrapper in wrappers(model))
     return {
         "read_ms": one["read_ms"],
         "token_ms": one["token_ms"],
-        "deciding_ms": one["deciding_ms"],
+        "deciding_ms": None if gated else one["deciding_ms"],
         "read_of_dense": one["read_ms"] / dense["read_ms"],
         "token_of_dense": one["token_ms"] / dense["token_ms"],
     }
@@ -140,14 +143,16 @@ def _once(model, rows: TaskBatch, around) -> dict[str, float]:
     held.prompt = torch.full((len(ids),), end)
     state.decisions = Decisions()
     start = time.perf_counter()
-    with around(model, rows) if around else nullcontext():
+    scored = around(model, rows) if around else nullcontext()
+    before = time.perf_counter() - start
+    with scored:
         _feed(model, ids[:, :end], held)
     read = time.perf_counter() - start
     start = time.perf_counter()
     for column in range(end, ids.shape[1]):
         _feed(model, ids[:, column : column + 1], held)
     later = time.perf_counter() - start
-    deciding, state.decisions = state.decisions.seconds, None
+    deciding, state.decisions = before + state.decisions.seconds, None
     steps = max(1, ids.shape[1] - end)
     return {"read_ms": 1e3 * read, "token_ms": 1e3 * later / steps, "deciding_ms": 1e3 * deciding}
 

@@ -15,6 +15,7 @@ from ctxprune.policies.hidden_scorer import HiddenScorer
 from ctxprune.policies.key_norm import KeyNormScorer
 from ctxprune.policies.keydiff import KeyDiffScorer
 from ctxprune.policies.scorer import Arrivals, Signals, attention
+from ctxprune.policies.snapkv import SnapKVScorer
 from ctxprune.retrofitting import wrappers
 from tests.models import LAYERS, disagreement, gated, small_model, tokens
 
@@ -161,6 +162,17 @@ def test_what_ranks_keys_is_computed_in_float32(dtype):
     asked, when = torch.zeros(2, 2, 0, 8), torch.zeros(2, 0, dtype=torch.long)
     one, other = (Signals(position, alive, now, k, k, asked.to(k), when, none, none, 1.0) for k in (key, key.float()))
     assert torch.equal(KeyDiffScorer().score(one), KeyDiffScorer().score(other))
+
+
+def test_keys_of_the_window_are_worth_what_the_queries_behind_them_say():
+    """Not divided by queries that came before them: a key that each later query looks at as much is worth as much."""
+    position, alive = torch.arange(6).expand(1, 6), torch.ones(1, 6, dtype=torch.bool)
+    keys, queries = torch.zeros(1, 1, 6, 2), torch.zeros(1, 2, 4, 2)
+    none, asked = torch.zeros(1, 6), torch.tensor([[-1, 3, 4, 5]])
+    seen = Signals(position, alive, torch.tensor([5]), keys, keys, queries, asked, none, none, 1.0)
+    found = SnapKVScorer(window=4, pool=1).score(seen)
+    alike = torch.tensor([[(1 / 4 + 1 / 5 + 1 / 6) / 3] * 4 + [(1 / 5 + 1 / 6) / 2, 1 / 6]])
+    assert torch.allclose(found, alike)
 
 
 @pytest.mark.parametrize("seed", range(5))

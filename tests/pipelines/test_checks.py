@@ -74,6 +74,8 @@ MISTAKES = [
     ({"data.source": "files"}, "data.source=files needs data.path"),
     ({"data.source": "files", "data.path": "/nowhere"}, "data.path=/nowhere: no such file or folder"),
     ({"data.source": "hub"}, "data.source=hub needs data.names"),
+    ({"data.path": "mine.txt"}, "data.path is read with data=files alone, and data.source is stdlib: add data=files"),
+    ({"data.names": ["a/b"]}, "data.names is read with data.source=hub alone"),
     ({"data.source": "hub", "data.names": ["../x"]}, "data.names holds '../x'"),
     ({"data.held_out": 0.6}, "data.held_out=0.6: give a number in (0, 0.5]"),
     ({"generate.top_p": 0.0}, "generate.top_p=0.0: give a number in (0, 1]"),

@@ -38,9 +38,25 @@ def test_a_setting_beside_them_changes_neither(tmp_path):
 
 def test_what_the_command_line_names_is_taken(tmp_path):
     folder, asked = trained(tmp_path, context=100), Config()
-    assert as_trained(asked, ["data.path=x"], folder).data == asked.data
+    for word in ("data.path=x", "data.names=[x]", "data.source=files"):
+        assert as_trained(asked, [word], folder).data == asked.data
     assert as_trained(asked, ["data=files"], folder).data == asked.data
     assert as_trained(asked, ["train.context=256"], folder).train.context == 256
+
+
+def test_how_its_own_text_is_read_leaves_the_text_its_own(tmp_path):
+    asked = Config()
+    asked.data.max_megabytes = 5
+    data = as_trained(asked, ["data.max_megabytes=5"], trained(tmp_path, context=100)).data
+    assert data.max_megabytes == 5 and data.held_out == 0.25
+
+
+def test_contexts_that_are_named_are_not_dropped_without_a_word(tmp_path):
+    folder, asked = trained(tmp_path, context=100), Config()
+    asked.evaluate.contexts = [64, 128]
+    with pytest.raises(UserError, match=r"holds 128, above train.context=100: use evaluate.contexts=\[64\]"):
+        as_trained(asked, ["evaluate.contexts=[64,128]"], folder)
+    assert as_trained(asked, [], folder).evaluate.contexts == [64]
 
 
 def test_a_model_saved_by_hand_takes_the_defaults(tmp_path):
@@ -56,8 +72,8 @@ def test_held_out_text_that_a_model_may_have_learned_is_refused(tmp_path):
     ctxprune.save(gated(), tmp_path / "model", text_fingerprint=text_fingerprint(then))
     refuse_changed(then, tmp_path / "model", [])
     refuse_changed(data("now"), tmp_path / "model", ["data.path=now.txt"])
-    with pytest.raises(UserError, match="has changed, and it may have learned"):
-        refuse_changed(data("now"), tmp_path / "model", ["train.seed=1"])
+    with pytest.raises(UserError, match="has changed, or is read in another way, and it may have learned"):
+        refuse_changed(data("now"), tmp_path / "model", ["train.seed=1", "data.max_megabytes=5"])
 
 
 def test_a_text_is_tokenised_once_for_trials_of_several_contexts(tmp_path, monkeypatch):

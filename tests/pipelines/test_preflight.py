@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
+from ctxprune.errors import UserError
 from ctxprune.text.tokenizer import train_tokenizer
 from pipelines import __main__, cluster, output
 from pipelines.config import ClusterConfig
@@ -144,4 +145,14 @@ def test_gpus_are_used_where_there_are_any_unless_somebody_said_how_many(monkeyp
     assert cluster.gpus_of(ClusterConfig(gpus_per_worker=0)) == 0
     assert cluster.gpus_of(ClusterConfig(address="auto")) is None
     assert cluster.gpus_of(ClusterConfig(address="auto", gpus_per_worker=2)) == 2
-    assert cluster.fitting(ClusterConfig(workers=2), 16, 6) == 3  # two processes of a GPU each
+    assert cluster.fitting(ClusterConfig(workers=2), [(16, 6)]) == 3  # two processes of a GPU each
+
+
+def test_a_process_lies_on_one_machine():
+    asked = ClusterConfig(workers=2, cpus_per_worker=6, gpus_per_worker=0)
+    assert cluster.fitting(asked, [(13, 0), (6, 0)]) == 1
+    with pytest.raises(UserError, match=r"more than the 8 \+ 4 cpus there are"):
+        cluster.fitting(asked, [(8, 0), (4, 0)])
+    asked = ClusterConfig(workers=1, cpus_per_worker=4, gpus_per_worker=1)
+    with pytest.raises(UserError, match="the machines there are hold 0"):
+        cluster.fitting(asked, [(8, 0), (2, 4)])

@@ -31,8 +31,15 @@ def job(folder: str) -> SimpleNamespace:
 
 def test_trials_that_share_a_training_do_not_train_side_by_side():
     jobs = [("a", job("1")), ("b", job("2")), ("c", job("1")), ("d", job("1"))]
-    together, later = sweep.waves(jobs)
+    together, later = sweep.waves(jobs, lambda job: job.folder)
     assert [name for name, _ in together] == ["a", "b"] and [name for name, _ in later] == ["c", "d"]
+
+
+def test_trials_that_share_an_evaluation_too_are_not_evaluated_side_by_side():
+    one, other, third = (SimpleNamespace(folder=Path("1"), evaluation=Path(name)) for name in ("a", "b", "b"))
+    first, rest = sweep.waves([("one", one), ("other", other), ("third", third)], lambda job: job.folder)
+    now, later = sweep.waves(rest, lambda job: job.evaluation)
+    assert [[name for name, _ in jobs] for jobs in (first, now, later)] == [["one"], ["other"], ["third"]]
 
 
 def test_who_waited_for_a_training_that_failed_is_told_so(tmp_path):
