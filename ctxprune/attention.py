@@ -24,6 +24,8 @@ from ctxprune.visibility import ends, layout, lifetimes, visible_pairs
 
 NAME = "ctxprune"
 """The attn_implementation under which transformers finds `attention`."""
+ADDED = ("position_bias", "softcap", "s_aux", "sinks", "block_indices")
+"""Keywords under which models change their logits, or choose keys themselves."""
 CACHE_KEYWORDS = ("past_key_values", "layer_past", "past_key_value")
 
 
@@ -36,31 +38,38 @@ class PrunedAttention(nn.Module):
         self.rule: Rule = rule
         self.layer_idx = index
         self.state = state
-        self.sliding_window: int | None = None
+        self.window: int | None = None
+        """The model's own sliding window in this layer."""
 
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+        _refuse_mask(kwargs.get("attention_mask"))
         call: Soft | Hard | Attends | None
         if self.state.replay is not None:
             call = self.state.replay(self.layer_idx, hidden)
         elif isinstance(cache, PrunedCache):
-            call = decoding.decide(cache, self, hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+            call = decoding.decide(cache, self, hidden, self._positions(kwargs, hidden), kwargs.get("attention_mask"))
         elif cache is not None and cache.get_seq_length(self.layer_idx) > 0:
             raise UserError(
                 f"a {type(cache).__name__} cannot forget: generate with ctxprune.generate, model.generate or pass "
                 "past_key_values=ctxprune.PrunedCache()"
             )
         else:
-            call = self.decide(hidden, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+            call = self.decide(hidden, self._positions(kwargs, hidden), kwargs.get("attention_mask"))
         if isinstance(call, Soft) and self.state.record is not None:
             self._record_hard(call, self.state.record)
-        output, report = self.inner(*args, pruning=call, **kwargs)
+        output, report, *others = self.inner(*args, pruning=call, **kwargs)
         if isinstance(call, Soft):
             pairs = visible_pairs(self.state.documents.end).sum().clamp(min=1)
             self.state.survival[self.layer_idx] = report.sum() / pairs
             report = None
-        return output, report
+        return output, report, *others
+
+    def _positions(self, given: dict, hidden: Tensor) -> Tensor | None:
+        """Of the tokens: what the layer was told, else what the model was."""
+        told, known = given.get("position_ids"), self.state.positions
+        return known if told is None and known is not None and known.shape == hidden.shape[:2] else told
 
     def decide(
         self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
@@ -133,11 +142,6 @@ class PrunedAttention(nn.Module):
         rule = Rule() if self.mode == "dense" else self.rule
         return lifetimes(position, rule, self.state.policy.sinks, self.state.policy.recent, self.window, pinned)
 
-    @property
-    def window(self) -> int | None:
-        """The model's own sliding window in this layer."""
-        return getattr(self.inner, "sliding_window", None) or self.sliding_window
-
     def inherit(self, drop_time: Tensor) -> Tensor:
         """With propagate_in_depth, a key gone in the layer above is gone here: the earlier of the two drop times."""
         if not self.state.propagate_in_depth:
@@ -161,8 +165,13 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function transformers calls: query (batch, heads, n, width) -> (batch, n, heads, width).
 
-    Beside the output it returns, for Soft, the sum of I per row, which the wrapper takes off again.
+    Beside the output it returns, for Soft, the sum of I per row, which the wrapper takes off again. UserError for masks
+    that are more than padding, and for what would be added to the logits: drop times know neither.
     """
+    _refuse_mask(attention_mask)
+    for name in ADDED:
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} gives its attention {name}: this model cannot be pruned")
     if pruning is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
     if dropout:
@@ -182,6 +191,11 @@ def attention(
             query, key, value, *gates, guard=pruning.guard, end=pruning.end, scale=scaling
         )
     return output.transpose(1, 2).contiguous(), alive
+
+
+def _refuse_mask(mask: Tensor | None) -> None:
+    if mask is not None and mask.ndim > 2:
+        raise UserError("attention masks of one's own are not read: give one for padding, (batch, keys)")
 
 
 def _scale(query: Tensor, given: float | None) -> float:

@@ -91,16 +91,18 @@ def calibrate(model, batches: list, target: float) -> float:
 
     try:
         low, high = _bracket(sparsity, target)
-    except UserError:
-        sparsity(0.0)  # leaves the thresholds as they were
-        raise
-    for _ in range(40):
         middle = 0.5 * (low + high)
-        realised = sparsity(middle)
-        if abs(realised - target) < TOLERANCE:
-            return middle
-        low, high = (middle, high) if realised > target else (low, middle)
-    return 0.5 * (low + high)
+        for _ in range(40):
+            realised = sparsity(middle)
+            if abs(realised - target) < TOLERANCE:
+                break
+            low, high = (middle, high) if realised > target else (low, middle)
+            middle = 0.5 * (low + high)
+    except BaseException:  # an interruption too leaves the thresholds as they were
+        for gate, beta in zip(gates, before, strict=True):
+            gate.beta.copy_(beta)
+        raise
+    return middle
 
 
 def _bracket(sparsity, target: float) -> tuple[float, float]:

@@ -47,6 +47,8 @@ class PruningState:
     """(batch,) column at which each row's prompt is over, for policies that drop there, in a pass over whole rows."""
     ids: Tensor | None = None
     """Token ids of the call in flight, (batch, n); None where the model was given embeddings."""
+    positions: Tensor | None = None
+    """Positions that the model was given in it, for layers that are not told."""
     replay: Callable[[int, Tensor], Attends] | None = None
     """(layer, hidden) -> the call that its attention makes instead of its own (ctxprune.replay)."""
     decisions: Decisions | None = None

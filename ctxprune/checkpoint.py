@@ -31,7 +31,7 @@ from ctxprune.retrofitting import retrofit, state_of, wrappers
 
 DROPOUT = (
     *("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"),
-    *("dropout", "activation_dropout", "layerdrop"),
+    *("dropout", "activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"),
 )
 """What configs of transformers call it: GPT-2, GPT-NeoX, OPT and their kin."""
 FORMAT = 1
@@ -95,7 +95,7 @@ def load(
     weights = load_file(folder / WEIGHTS)
     # Built in the precision of the weights, whatever the config says: casting the whole model afterwards would round
     # the float32 tables (rotary frequencies) that a model keeps beside its weights.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype or next(iter(weights.values())).dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or _most_numbers(weights))
     retrofit(model, policies.from_dict(pruning["pruning"]))
     state_of(model).alpha = pruning["alpha"]
     if BUDGETS in pruning:
@@ -104,6 +104,12 @@ def load(
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device=device).eval()
+
+
+def _most_numbers(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """The type of most of them: some models keep a few in float32 beside the rest."""
+    types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    return max(types, key=lambda dtype: sum(tensor.numel() for tensor in weights.values() if tensor.dtype == dtype))
 
 
 def model_folder(folder: str | Path) -> Path:

@@ -18,7 +18,8 @@ class DropTimes:
 
     drop_time: row index of the first query that no longer sees the key; n or more: it survives the whole row. With an
     axis of KV heads where these decide apart; counts are then means over them.
-    document_end: the same if nothing were dropped (n, or where the next packed document starts).
+    document_end: the same if nothing were dropped (n, or where the next packed document starts). A model's own sliding
+    window counts as dropped: of a layer that cannot look back further it is what any rule drops at least.
     """
 
     drop_time: Int[Tensor, "layers batch *kv_heads n"]

@@ -18,6 +18,10 @@ from ctxprune.policies import PolicyConfig
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 """What decoder layers of transformers call their attention."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What `layer_types` of a config may say of a layer."""
+TWICE = ("diffllama",)
+"""Families that call their attention twice per layer, which a cache would take for two tokens."""
 NOT_SEPARABLE = ("attn_logit_softcapping", "attn_logit_softcap")
 """Config fields of attention variants whose logits are not a plain softmax."""
 
@@ -37,11 +41,8 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     # All rules first: a policy that does not fit must leave the model as it was.
     kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     rules = config.rules(len(places), model.config.hidden_size, kv_heads)
-    windows = {
-        getattr(getattr(layer, name), "sliding_window", None) or _sliding_window(model, i)
-        for i, (layer, name) in enumerate(places)
-    }
-    if getattr(config, "propagate_in_depth", False) and len(windows) > 1:
+    windows = [_sliding_window(model, getattr(layer, name), i) for i, (layer, name) in enumerate(places)]
+    if getattr(config, "propagate_in_depth", False) and len(set(windows)) > 1:
         # A key that leaves one layer's window has not been dropped, and the layer below may still see it.
         raise UserError(
             "propagate_in_depth goes with layers of one sliding window, this model has several: leave it out"
@@ -52,7 +53,7 @@ def retrofit(model: PreTrainedModel, config: PolicyConfig) -> PreTrainedModel:
     for index, (layer, name) in enumerate(places):
         inner = getattr(layer, name)
         wrapper = PrunedAttention(inner, rules[index], index, state)
-        wrapper.sliding_window = _sliding_window(model, index)
+        wrapper.window = windows[index]
         weight = next(inner.parameters())
         wrapper.rule.to(dtype=weight.dtype, device=weight.device)
         wrapper.train(inner.training)
@@ -135,6 +136,12 @@ def _refuse_unsupported(model: PreTrainedModel, places: list) -> None:
         reason = f"{len(places)} of its {layers} layers hold an attention that can be wrapped; all of them must"
     elif any(getattr(config, name, None) for name in NOT_SEPARABLE):
         reason = "it caps its attention logits"
+    elif others := sorted(set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}):
+        reason = f"it has layers of {', '.join(others)}"
+    elif any(getattr(getattr(layer, name), "is_kv_shared_layer", False) for layer, name in places):
+        reason = "some of its layers use the keys of others"
+    elif family in TWICE:
+        reason = "it calls its attention twice per layer"
     elif any(getattr(getattr(layer, name), "sinks", None) is not None for layer, name in places):
         reason = "its attention has learned sink logits"
     elif any(not weight.is_floating_point() or weight.element_size() < 2 for weight in model.parameters()):
@@ -148,11 +155,15 @@ def _refuse_unsupported(model: PreTrainedModel, places: list) -> None:
     raise UserError(f"models of the family {family!r} cannot be retrofitted: {reason}")
 
 
-def _sliding_window(model: PreTrainedModel, index: int) -> int | None:
-    """The config's sliding window where it holds for every layer (Mistral); per-layer ones stand on the attention."""
-    config = model.config
-    if getattr(config, "layer_types", None) is not None or getattr(config, "use_sliding_window", True) is False:
-        return None
+def _sliding_window(model: PreTrainedModel, inner: nn.Module, index: int) -> int | None:
+    """The model's own window in a layer: where the config lists what layers are, in sliding ones alone (EXAONE 4 writes
+    it on every attention); else the attention's own, or the config's, which holds for all (Mistral)."""
+    config, own = model.config, getattr(inner, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return own or getattr(config, "sliding_window", None) if kinds[index] == SLIDING else None
+    if own or getattr(config, "use_sliding_window", True) is False:
+        return own
     return getattr(config, "sliding_window", None)
 
 

@@ -6,6 +6,7 @@ The pipelines train with it, and so can any loop of torch, `accelerate` or trans
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ from ctxprune.drop_time import DropTimes
 from ctxprune.errors import UserError
 from ctxprune.kernels.checks import MAX_ALPHA
 from ctxprune.objective import alpha_at, kept_share
+from ctxprune.precision import refuse_coarse
 from ctxprune.retrofitting import gate_parameters, state_of, wrappers
 from ctxprune.text.batches import Batch
 from ctxprune.visibility import visible_pairs
@@ -69,6 +71,9 @@ class PruningSchedule:
             raise UserError(f"{given}: give 1 <= start <= end <= {MAX_ALPHA:g}, and steps in (0, 1]")
         if sparsity is not None and not 0.0 < sparsity < 1.0:
             raise UserError(f"sparsity is {sparsity}: give the share of the context to drop, between 0 and 1")
+        coarse = [p for p in gate_parameters(model) if torch.finfo(p.dtype).bits < 32]
+        if coarse and not dist.is_initialized():  # DeepSpeed keeps float32 ones beside them
+            warnings.warn(f"gates in {coarse[0].dtype} do not move by small steps: train model.float()", stacklevel=2)
         self.model = model
         self.steps = steps
         self.target = sparsity
@@ -83,7 +88,7 @@ class PruningSchedule:
         self.done = 0
         self._alphas = alpha_start, alpha_end, alpha_steps
         self._passed: tuple[DropTimes, Tensor] | None = None
-        """Drop times and kept share of the last training pass, where they are measured."""
+        """Drop times and kept share of the step's first pass, where they are measured."""
         self._begin()
 
     def penalty(self, weight: float = 1.0) -> Float[Tensor, ""]:
@@ -96,9 +101,10 @@ class PruningSchedule:
             raise UserError("no soft gates have been passed: call model.train(), then the model, then penalty()")
         kept, state = kept_share(self.model), state_of(self.model)
         if state.record:
-            # Taken now: what is read before step(), by a teacher or a validation, is not this pass.
+            # Taken now: what is read before step(), by a teacher or a validation, is not this pass, and the backward
+            # pass of a checkpointed one computes it again, last layer first.
             self._passed = DropTimes(state.recorded(), state.documents.end), kept.detach()
-            state.record = {}
+            state.record = None
         return self.gamma * weight * kept
 
     def step(self) -> None:
@@ -124,7 +130,8 @@ class PruningSchedule:
     def settle(self, input_ids: Iterable[Int64[Tensor, "batch n"]]) -> float:
         """Shift every threshold by one common amount, so that on these rows, a document each, exactly the target is
         dropped; returns the shift. Under torch.distributed every rank takes the one of rank 0's rows. UserError without
-        a target, if no shift reaches it, and for gates that are sharded: settle the gathered model.
+        a target, if no shift reaches it, for gates that are sharded (settle the gathered model), and for gates in 16
+        bits, too coarse for it.
         """
         if self.target is None:
             raise UserError("the schedule has no sparsity to settle on: give it one")
@@ -135,10 +142,18 @@ class PruningSchedule:
         offsets = [gate.beta for gate in gates if gate is not None]
         if any(not beta.numel() for beta in offsets):
             raise UserError("these gates are sharded (ZeRO 3): gather or save the model, load it, and settle that")
-        shift = torch.tensor(calibrate(self.model, batches, self.target), device=offsets[0].device)
+        refuse_coarse(offsets)
+        failed: UserError | None = None
+        try:
+            found = calibrate(self.model, batches, self.target)
+        except UserError as error:  # of this rank's rows: rank 0's decide, and nobody waits for who is gone
+            found, failed = math.nan, error
+        shift = torch.tensor(found, device=offsets[0].device)
         if dist.is_initialized():
             for value in (shift, *(beta.data for beta in offsets)):
                 dist.broadcast(value, 0)
+        if shift.isnan():
+            raise failed or UserError("no shift of rank 0's rows reaches the target: see its error")
         return shift.item()
 
     def state_dict(self) -> dict[str, Any]:

@@ -142,8 +142,10 @@ class StepRunner:
     def _captured(self, last: Int[Tensor, " rows"], capture: Capture) -> bool:
         """Whether the step could be captured; if not, all is as it was, and none of this model is from now on."""
         cache = self.cache
-        width, page = cache.held[0].pages.keys.shape[3], cache.page
-        if self.only_by_triton and not kernels.decodes_by_triton(last.device, self.model.dtype, width, page):
+        pages = cache.held[0].pages
+        rank = 0 if pages.interaction is None else pages.interaction.shape[2]
+        sizes = pages.keys.shape[3], cache.page, rank
+        if self.only_by_triton and not kernels.decodes_by_triton(last.device, self.model.dtype, *sizes):
             self.state.graphs = False
             return False
         length, seen, promised = cache.length, cache.seen, [layer.promised for layer in cache.held]

@@ -23,9 +23,11 @@ class Forgetting:
     pruning_state: PruningState
 
     def __call__(self, *args, **kwargs):
-        """Layers meet hidden states alone; some policies ask which tokens these are."""
+        """Layers meet hidden states alone; some policies ask which tokens these are, and some models (GPTBigCode) do
+        not tell their layers where."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.pruning_state.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+        self.pruning_state.positions = kwargs.get("position_ids")
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol):

@@ -206,9 +206,12 @@ def extend_attention(
 def _from_the_next(step: Tensor, guard: Tensor | None, drop_time: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """In 32 bits: step; guard and drop time, at least the step after a token's own, since it always sees itself."""
     step = step.to(torch.int32)
-    guard = step + 1 if guard is None else torch.maximum(guard.to(torch.int32), step + 1)
     never = torch.full_like(step, NEVER)
-    return step, guard, never if drop_time is None else torch.maximum(drop_time.to(torch.int32), step + 1)
+
+    def later(times: Tensor) -> Tensor:
+        return torch.maximum(times.clamp(max=NEVER).to(torch.int32), step + 1)
+
+    return step, step + 1 if guard is None else later(guard), never if drop_time is None else later(drop_time)
 
 
 def _defaults(guard: Tensor | None, end: Tensor | None, gates: Tensor) -> tuple[Tensor, Tensor]:

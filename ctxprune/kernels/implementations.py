@@ -100,7 +100,7 @@ def run(operation: str, impl: Impl, *arguments: Any) -> Any:
     """
     available = IMPLEMENTATIONS[operation]
     if impl == "auto":
-        if "triton" in available and _is_on_a_gpu(arguments[0]) and agreement.agrees(operation, *_kind(arguments)):
+        if "triton" in available and _is_on_a_gpu(arguments[0]) and _agrees(operation, arguments):
             try:
                 return available["triton"](*arguments)
             except checks.Refused:  # a type or a width that Triton does not take: torch takes all
@@ -117,14 +117,29 @@ def run(operation: str, impl: Impl, *arguments: Any) -> Any:
     return available["triton"](*arguments)
 
 
-def decodes_by_triton(device: torch.device, dtype: torch.dtype, width: int, page: int) -> bool:
-    """Whether a decoding step there, of heads of this width over pages of this size, is Triton's, which asks the GPU
-    nothing; torch's does."""
-    if device.type != "cuda" or not _installed() or not agreement.agrees("decode_attention", str(device), dtype):
+def decodes_by_triton(device: torch.device, dtype: torch.dtype, width: int, page: int, rank: int = 0) -> bool:
+    """Whether a decoding step there, of heads of this width and gates of this rank (0: none) over pages of this size,
+    is Triton's, which asks the GPU nothing; torch's does."""
+    if device.type != "cuda" or not _installed():
         return False
     from ctxprune.kernels.decode import triton_path
 
-    return triton_path.takes(width, dtype, page)
+    taken = triton_path.takes(width, dtype, page, rank)
+    return taken and agreement.agrees("decode_attention", str(device), dtype, "triton", width, rank, page)
+
+
+def _agrees(operation: str, arguments: tuple) -> bool:
+    """Whether Triton is right about arguments of this device, type and size."""
+    width, rank, page = arguments[0].shape[-1], 0, 16
+    if operation == "alpha_sigmoid":
+        width = 0
+    elif operation == "drop_times":
+        width, rank = 0, width
+    elif operation != "drop_time_attention":
+        rank = 0 if arguments[3] is None else arguments[3].shape[-1]
+    if operation == "decode_attention":
+        page = arguments[9].page
+    return agreement.agrees(operation, *_kind(arguments), "triton", width, rank, page)
 
 
 def _native_else_torch(operation: str, *arguments: Any) -> Any:

@@ -55,7 +55,8 @@ def comparison(records: list[dict]) -> str:
         if record["pruned"] and there:
             told.append(
                 f"  {record['method']} over {', '.join(there)}: decoding {_each(record, 'decode_speedup_over', there)}"
-                f" (bytes allow {_each(record, 'bytes_allow_over', there)}),"
+                f" (by mean steps {_each(record, 'decode_mean_speedup_over', there)},"
+                f" bytes allow {_each(record, 'bytes_allow_over', there)}),"
                 f" prompt {_each(record, 'prefill_speedup_over', there)},"
                 f" cache {_each(record, 'cache_share_of', there)}"
             )

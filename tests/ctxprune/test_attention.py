@@ -120,6 +120,16 @@ def test_activation_checkpointing_changes_no_gradient(propagate):
         torch.testing.assert_close(given[name], wanted[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_what_is_computed_again_behind_the_penalty_is_not_recorded_again():
+    """A checkpointed backward pass runs the last layer first: what the layer above dropped is not known there."""
+    model = gated(propagate_in_depth=True).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    schedule = ctxprune.PruningSchedule(model, steps=8, sparsity=0.5)
+    (model(tokens(2, 20), use_cache=False).logits.sum() + schedule.penalty()).backward()
+    schedule.step()
+    assert schedule.sparsity is not None
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_drops_propagated_in_depth_never_come_back(family):
     model, ids = gated(family, propagate_in_depth=True), tokens(2, 30)

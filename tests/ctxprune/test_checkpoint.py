@@ -286,3 +286,8 @@ def test_a_base_model_that_lacks_a_tensor_is_refused_by_name(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight"):
         load_base(str(tmp_path), 16)
+
+
+def test_the_precision_of_a_model_is_that_of_most_of_it():
+    few = {"index": torch.zeros(99, dtype=torch.long), "bias": torch.zeros(3)}
+    assert checkpoint._most_numbers(few | {"weight": torch.zeros(9, dtype=torch.bfloat16)}) == torch.bfloat16

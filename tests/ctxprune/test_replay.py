@@ -116,7 +116,7 @@ def test_scores_are_handed_over_for_the_batch_and_layers_at_hand():
 def test_contexts_longer_than_a_models_own_window_are_refused():
     """Replayed tokens see the whole context, which such a model does not."""
     model = ctxprune.retrofit(small_model(), DenseConfig())
-    wrappers(model)[1].sliding_window = CONTEXT - 1
+    wrappers(model)[1].window = CONTEXT - 1
     with pytest.raises(UserError, match=f"sees {CONTEXT - 1} tokens"):
         read(model, tokens(1, CONTEXT))
     context = read(model, tokens(1, CONTEXT - 2))

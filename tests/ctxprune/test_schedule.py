@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, get_linear_schedule_with_warmup
 
 import ctxprune
-from ctxprune import PruningSchedule, UserError
+from ctxprune import PruningSchedule, UserError, budget
+from ctxprune.budget import measure
 from ctxprune.drop_time import drop_times
-from ctxprune.retrofitting import state_of, wrappers
+from ctxprune.retrofitting import gate_parameters, state_of, wrappers
 from ctxprune.visibility import visible_pairs
 
 STEPS, LENGTH = 400, 48
@@ -132,28 +133,32 @@ def test_a_training_that_was_over_is_still_over_when_it_is_resumed():
         assert (one.done, state_of(one.model).alpha, state_of(one.model).record) == (6, seen[-1]["alpha"], None)
 
 
-def _rank(rank: int, store: str, found) -> None:
+def _rank(rank: int, store: str, found, hopeless: bool) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = made()
-    shift = PruningSchedule(model, 2, sparsity=0.3).settle([rows(rank)])
+    given = rows(rank)[:, :1] if hopeless and rank == 1 else rows(rank)
+    shift = PruningSchedule(model, 2, sparsity=0.3).settle([given])
     found.put((rank, shift, [wrapper.rule.gate.beta.item() for wrapper in wrappers(model)]))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_that_settle_on_other_rows_take_the_same_thresholds(tmp_path):
+@pytest.mark.parametrize("hopeless", [False, True])
+def test_ranks_that_settle_on_other_rows_take_the_same_thresholds(tmp_path, hopeless):
+    """Where no shift reaches the target on the other's rows too: nobody waits for it."""
     spawn = multiprocessing.get_context("spawn")
     found = spawn.Queue()
-    ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path / "group"), found)) for rank in range(2)]
+    ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path / "group"), found, hopeless)) for rank in range(2)]
     for one in ranks:
         one.start()
     (_, *first), (_, *second) = sorted(found.get(timeout=120) for _ in ranks)
     for one in ranks:
         one.join()
     assert first == second
-    alone = [PruningSchedule(made(), 2, sparsity=0.3).settle([rows(rank)]) for rank in range(2)]
-    assert first[0] == pytest.approx(alone[0]) and alone[0] != alone[1], "rank 0's rows decide"
+    if not hopeless:
+        alone = [PruningSchedule(made(), 2, sparsity=0.3).settle([rows(rank)]) for rank in range(2)]
+        assert first[0] == pytest.approx(alone[0]) and alone[0] != alone[1], "rank 0's rows decide"
 
 
 def test_the_penalty_is_gamma_times_what_was_kept():
@@ -162,6 +167,30 @@ def test_the_penalty_is_gamma_times_what_was_kept():
     model(rows(0), use_cache=False)
     kept = torch.stack(list(state_of(model).survival.values())).mean()
     assert schedule.penalty(3.0).item() == pytest.approx(6.0 * kept.item())
+
+
+def test_gates_in_16_bits_are_said_to_be_too_coarse():
+    model = made().bfloat16()
+    with pytest.warns(UserWarning, match="gates in torch.bfloat16 do not move by small steps"):
+        schedule = PruningSchedule(model, steps=4, sparsity=0.5)
+    with pytest.raises(UserError, match="too coarse for its steps"):
+        schedule.settle([rows(0)])
+
+
+def test_an_interrupted_settling_leaves_the_thresholds_alone(monkeypatch):
+    model, calls = made(), []
+    before = [p.clone() for p in gate_parameters(model)]
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(budget, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PruningSchedule(model, steps=4, sparsity=0.5).settle([rows(0)])
+    assert all(torch.equal(one, other) for one, other in zip(before, gate_parameters(model), strict=True))
 
 
 def test_mistakes_are_answered():

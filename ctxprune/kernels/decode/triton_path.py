@@ -68,6 +68,8 @@ def decode_attention(
         raise Refused(f"query has width {width}; Triton takes 1 to {WIDEST}: take impl='torch'")
     if not fits(width, pages.keys.dtype, pages.page):
         raise Refused(f"pages of {pages.page} slots: Triton takes 16, 32 and 64 for float32 heads wider than 64")
+    if interaction_query is not None and interaction_query.shape[-1] > RANKS[-1]:
+        raise Refused(f"gates of rank {interaction_query.shape[-1]}: Triton takes 1 to {RANKS[-1]}")
     kv_heads, most = key.shape[1], pages.table.shape[1]
     groups = heads // kv_heads
     splits = _splits(rows * kv_heads, most) if splits is None else splits
@@ -104,9 +106,9 @@ def decode_attention(
     return output
 
 
-def takes(width: int, dtype: torch.dtype, page: int) -> bool:
-    """Whether such heads over such pages are not refused."""
-    return dtype != torch.float64 and width <= WIDEST and fits(width, dtype, page)
+def takes(width: int, dtype: torch.dtype, page: int, rank: int = 0) -> bool:
+    """Whether such heads over such pages, under gates of such a rank, are not refused."""
+    return dtype != torch.float64 and width <= WIDEST and rank <= RANKS[-1] and fits(width, dtype, page)
 
 
 def fits(width: int, dtype: torch.dtype, page: int) -> bool:

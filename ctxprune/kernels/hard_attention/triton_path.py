@@ -18,7 +18,7 @@ from ctxprune.kernels.hard_attention import torch_path
 from ctxprune.kernels.hard_attention.patterns import Pattern
 from ctxprune.kernels.hard_attention.triton_prefill import list_kernel, prefill_kernel
 from ctxprune.kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
-from ctxprune.kernels.soft_attention.triton_shape import DTYPES, SHAPES, generation, strides_of
+from ctxprune.kernels.soft_attention.triton_shape import DTYPES, SHAPES, check_addresses, generation, strides_of
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -78,6 +78,7 @@ def drop_time_attention(
     if query.shape[-1] > WIDEST:
         raise Refused(f"query has width {query.shape[-1]}; Triton takes 1 to {WIDEST}: take impl='torch'")
     q, k, v = (t.to(dtype) if t.stride(-1) == 1 else t.to(dtype).contiguous() for t in (query, key, value))
+    check_addresses(q, k, v)
     launch = launch_for(query.shape[-1], dtype, generation(query.device))
     rows, keys = tile or launch.tile
     times = drop_time.clamp(max=query.shape[2]).to(torch.int32).contiguous()

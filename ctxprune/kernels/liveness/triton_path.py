@@ -12,7 +12,7 @@ from torch import Tensor
 from ctxprune.kernels.ahead_of_time import Shipped
 from ctxprune.kernels.checks import Refused
 from ctxprune.kernels.sigmoid.triton_path import check_device, interpreted, on_device, precision
-from ctxprune.kernels.soft_attention.triton_shape import DTYPES, GATES, check_rank
+from ctxprune.kernels.soft_attention.triton_shape import DTYPES, GATES, check_addresses, check_rank
 from ctxprune.kernels.soft_attention.triton_tiles import load_columns, load_rows
 
 TILE = (64, 64)
@@ -104,6 +104,7 @@ def drop_times(
         for tensor in (interaction_query, interaction_key)
     )
     check_rank(query)
+    check_addresses(query, key)
     batch, n, rank = query.shape
     rows, keys = tile
     key_blocks = triton.cdiv(n, keys)

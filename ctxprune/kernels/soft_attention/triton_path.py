@@ -13,7 +13,7 @@ from ctxprune.kernels.sigmoid.triton_ops import family
 from ctxprune.kernels.sigmoid.triton_path import check_device, on_device
 from ctxprune.kernels.soft_attention.triton_passes import Gradients, Result, Rows, backward_pass, forward_pass
 from ctxprune.kernels.soft_attention.triton_segments import Seen, homes_shape, pack, segment_rows, segments, slots
-from ctxprune.kernels.soft_attention.triton_shape import Shape, check_rank, default_tile
+from ctxprune.kernels.soft_attention.triton_shape import Shape, check_addresses, check_rank, default_tile
 
 WIDEST = 128
 """Numbers per head; wider ones would spill."""
@@ -62,7 +62,9 @@ def pruned_attention(
     query, key, value = (_rows_contiguous(tensor.to(attention)) for tensor in tensors[:3])
     interaction_query, interaction_key = (_rows_contiguous(tensor.to(gates)) for tensor in tensors[3:])
     check_rank(interaction_query)
-    guard, end = (tensor.to(torch.int32).contiguous() for tensor in (guard, end))
+    check_addresses(query, key, value, interaction_query, interaction_key)
+    # Guards and ends may lie beyond any row, and beyond 32 bits: n says the same.
+    guard, end = (tensor.clamp(max=query.shape[2]).to(torch.int32).contiguous() for tensor in (guard, end))
     tile = tile or default_tile(attention, gates)
     segment = segment_rows(query.shape[2], query.shape[0] * query.shape[1], tile[0]) if segment is None else segment
     # Added to a tensor, alpha stays a number that may change where torch compiles the model; handed to an operator, or

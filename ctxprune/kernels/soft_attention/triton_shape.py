@@ -41,11 +41,19 @@ GATES = tuple(
 def check_rank(interaction: Tensor) -> None:
     """Raises Refused for interactions that would spill."""
     rank = interaction.shape[-1]
-    if interaction.dtype == torch.float32 and rank > WIDEST_FULL:
+    most = WIDEST_FULL if interaction.dtype == torch.float32 else RANKS[-1]
+    if rank > most:
+        kind = str(interaction.dtype).removeprefix("torch.")
         raise Refused(
-            f"interaction_query is float32 of rank {rank}; Triton takes 1 to {WIDEST_FULL} in float32, any in half "
-            "precision: take impl='torch'"
+            f"interaction_query is {kind} of rank {rank}; Triton takes 1 to {most} in {kind}: take impl='torch'"
         )
+
+
+def check_addresses(*tensors: Tensor) -> None:
+    """Raises Refused for matrices whose rows lie so far from each other that 32 bits do not count the numbers."""
+    for tensor in tensors:
+        if tensor.shape[-2] * abs(tensor.stride(-2)) >= 1 << 31:
+            raise Refused(f"rows of {tuple(tensor.shape)}, {tensor.stride(-2)} apart: too long for Triton's addresses")
 
 
 @dataclass(frozen=True)
@@ -182,5 +190,6 @@ def generation(device: torch.device) -> str:
     """Whose launch parameters a device takes: a family of kernels.ahead_of_time."""
     if torch.version.hip is not None:
         return "cdna"
-    newer = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    # Data-centre GPUs alone have the shared memory of a Hopper: later ones of a desk (12.x) have an Ada's.
+    newer = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
     return "hopper" if newer else "ampere"

@@ -113,6 +113,21 @@ def test_a_gradient_that_is_wrong_is_noticed(for_a_gpu, monkeypatch):
     assert "result 2 is off by" in agreement.disagreement("pruned_attention", "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_times_are_right_or_wrong_whatever_the_type(dtype, for_a_gpu, monkeypatch):
+    recorded(monkeypatch, "drop_times", "triton", lambda result: result - (result < result.max()).to(result.dtype))
+    assert "result 0 has other times in" in agreement.disagreement("drop_times", "cpu", dtype)
+
+
+def test_what_agrees_at_one_size_is_asked_again_at_a_larger_one(for_a_gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(agreement, "disagreement", lambda *given: asked.append(given[-1]) or "")
+    for width in (8, 64, 65, 80, 128):
+        query, key, value = (torch.randn(1, 1, 3, width) for _ in range(3))
+        kernels.drop_time_attention(query, key, value, torch.full((1, 3), 3))
+    assert asked == [(64, 64, 16), (128, 64, 16)]
+
+
 def test_what_cannot_even_run_is_not_used(for_a_gpu, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("PTX JIT compilation failed\nand more")
