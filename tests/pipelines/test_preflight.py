@@ -156,3 +156,13 @@ def test_a_process_lies_on_one_machine():
     asked = ClusterConfig(workers=1, cpus_per_worker=4, gpus_per_worker=1)
     with pytest.raises(UserError, match="the machines there are hold 0"):
         cluster.fitting(asked, [(8, 0), (2, 4)])
+
+
+@pytest.mark.slow
+def test_a_local_cluster_has_the_cores_that_this_process_may_use(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(cluster, "cores", lambda: 1)
+    with cluster.connected(ClusterConfig(workers=1, cpus_per_worker=1)):
+        assert ray.cluster_resources()["CPU"] == 1
+        assert cluster.slots(ClusterConfig(workers=1, cpus_per_worker=1)) == 1
