@@ -18,15 +18,17 @@ from ctxprune.policies.scorer import Scorer, Signals
 
 @dataclass(frozen=True)
 class SnapKVConfig(RankedConfig):
-    """Attention of the last `window` queries, mean over heads and over the queries that could see the key. With
-    budget.pyramid it is PyramidKV (arXiv 2406.02069), with apart and budget.head_floor Ada-KV (arXiv 2407.11550). The
-    paper always keeps the window: that is recent=window; by default its keys compete, all but the last `recent`."""
+    """Attention of the last `window` queries, mean over them and over heads. With budget.pyramid it is PyramidKV (arXiv
+    2406.02069), with apart and budget.head_floor Ada-KV (arXiv 2407.11550). The paper always keeps the window: that is
+    recent=window; by default its keys compete, all but the last `recent`."""
 
     policy: ClassVar[str] = "snapkv"
     window: int = 32
     """Queries at the prompt's end that are asked."""
     pool: int = 7
     """Neighbouring keys over which scores are averaged, odd; 1: none. When ranking at every step none are."""
+    normalised: bool = False
+    """Divide by the queries that could see a key, not by all of the window: its own keys were seen by few."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,7 +36,7 @@ class SnapKVConfig(RankedConfig):
             raise UserError(f"snapkv has window={self.window}, pool={self.pool}: give 1 or more, and an odd pool")
 
     def scorer(self, layer: int, width: int) -> Scorer:
-        return SnapKVScorer(self.window, self.pool if self.when == "prompt" else 1)
+        return SnapKVScorer(self.window, self.pool if self.when == "prompt" else 1, self.normalised)
 
 
 class SnapKVScorer(Scorer):
@@ -42,13 +44,13 @@ class SnapKVScorer(Scorer):
 
     looks_at_keys = True
 
-    def __init__(self, window: int, pool: int):
+    def __init__(self, window: int, pool: int, normalised: bool):
         super().__init__()
-        self.window, self.pool = window, pool
+        self.window, self.pool, self.normalised = window, pool, normalised
 
     def score(self, seen: Signals) -> Float[Tensor, "rows keys"]:
-        # Of the window's own keys later queries alone could see them: by all of them they would be worth too little.
-        could = (seen.query_position[:, :, None] >= seen.position[:, None]).sum(1).clamp(min=1)
+        least = seen.position[:, None] if self.normalised else torch.zeros_like(seen.position[:, None])
+        could = (seen.query_position[:, :, None] >= least).sum(1).clamp(min=1)
         asked = seen.attention().mean(1).sum(1) / could
         if self.pool == 1:
             return asked

@@ -164,15 +164,16 @@ def test_what_ranks_keys_is_computed_in_float32(dtype):
     assert torch.equal(KeyDiffScorer().score(one), KeyDiffScorer().score(other))
 
 
-def test_keys_of_the_window_are_worth_what_the_queries_behind_them_say():
-    """Not divided by queries that came before them: a key that each later query looks at as much is worth as much."""
+@pytest.mark.parametrize("normalised", [False, True])
+def test_keys_of_the_window_are_worth_what_its_queries_say(normalised):
+    """A key that each later query looks at as much is worth as much, where it is divided by these alone."""
     position, alive = torch.arange(6).expand(1, 6), torch.ones(1, 6, dtype=torch.bool)
     keys, queries = torch.zeros(1, 1, 6, 2), torch.zeros(1, 2, 4, 2)
     none, asked = torch.zeros(1, 6), torch.tensor([[-1, 3, 4, 5]])
     seen = Signals(position, alive, torch.tensor([5]), keys, keys, queries, asked, none, none, 1.0)
-    found = SnapKVScorer(window=4, pool=1).score(seen)
-    alike = torch.tensor([[(1 / 4 + 1 / 5 + 1 / 6) / 3] * 4 + [(1 / 5 + 1 / 6) / 2, 1 / 6]])
-    assert torch.allclose(found, alike)
+    found = SnapKVScorer(window=4, pool=1, normalised=normalised).score(seen)
+    sums = torch.tensor([[1 / 4 + 1 / 5 + 1 / 6] * 4 + [1 / 5 + 1 / 6, 1 / 6]])
+    assert torch.allclose(found, sums / torch.tensor([[3, 3, 3, 3, 2, 1]]) if normalised else sums / 3)
 
 
 @pytest.mark.parametrize("seed", range(5))
