@@ -170,16 +170,17 @@ def _learned(given: list[Tensor], impl: Impl, segment: int | None = None) -> lis
     from ctxprune import kernels
 
     leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+    query, key, value, gate_query, gate_key, beta = leaves
+    gates = gate_query, gate_key, beta, ALPHA
     if segment is None or impl != "triton":
-        output, alive = kernels.pruned_attention(*leaves, ALPHA, impl=impl)
+        output, alive = kernels.pruned_attention(query, key, value, *gates, impl=impl)
     else:
         from ctxprune.kernels.soft_attention import triton_path
 
-        query, gate = leaves[0], leaves[3]
-        batch, n, _ = gate.shape
+        batch, n, _ = gate_query.shape
         first = torch.arange(1, n + 1, device=query.device).expand(batch, n)
         end, scale = torch.full_like(first, n), query.shape[-1] ** -0.5
-        output, alive = triton_path.pruned_attention(*leaves, ALPHA, first, end, scale, segment=segment)
+        output, alive = triton_path.pruned_attention(query, key, value, *gates, first, end, scale, segment=segment)
     ramp = torch.linspace(-1, 1, given[0].shape[-1], device=given[0].device)
     loss = (output * ramp).sum() + 0.1 * alive.sum()
     return [output.detach(), alive.detach(), *torch.autograd.grad(loss, leaves)]
