@@ -142,8 +142,8 @@ def _results(operation: str, impl: Impl, device: str, dtype: torch.dtype, sizes:
         given = [query, key, value, *gates, beta]
         cut = [tensor[..., :CUT, :] if tensor.ndim else tensor for tensor in given]
         return [*_learned(given, impl), *_learned(cut, impl, segment=SEGMENT)]
-    pages = kernels.Pages.empty(4, 2, 2, kv_heads=2, width=width, rank=rank, page=page, dtype=dtype, device=device)
-    pages.table.copy_(torch.tensor([[3, 1], [0, 2]]))
+    pages = kernels.Pages.empty(6, 2, 3, kv_heads=2, width=width, rank=rank, page=page, dtype=dtype, device=device)
+    pages.table.copy_(torch.tensor([[3, 1, 4], [0, 5, 2]]))
     step_by = impl if operation == "decode_attention" else "reference"
     single = [
         kernels.decode_attention(

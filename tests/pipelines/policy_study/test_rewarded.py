@@ -36,7 +36,9 @@ def test_what_is_taught_for_a_moment_meets_its_budget_and_says_how_long_it_took(
     found = measure(made, TASK, 64)
     # Tokens that are worth the same to an agent that has learned little stay or go together.
     least = 0.396 if method.name == "budget bandit" else 0.2
-    assert least < found.kept.mean() <= 0.4 and notes["taught_in"] > 0
+    # Of 32 keys 13 are the first that are no less; a threshold may be off by what counts as equal.
+    most = 0.4 * (1 + table.CLOSE) if method.adaptive else 13 / 32
+    assert least < found.kept.mean() <= most and notes["taught_in"] > 0
     clock = {name for name in notes if name.startswith("attention_ms")}
     assert clock == (set(table.CLOCK) if method.name == "agent, latency" else set())
     assert all(notes[name] > 0 for name in clock)
