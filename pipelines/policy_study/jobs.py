@@ -97,8 +97,6 @@ def _measured(root: Path, inputs: dict, staged: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, staged / "weights.safetensors"
     )
-    # By row, in the order of the task's: what two ways of the same small model are compared by.
-    save_file({"right": found.right.contiguous()}, staged / "rows.safetensors")
     weights = store.folder_of(root, "study-model", inputs["model"]) / "model" / "model.safetensors"
     point = summary(found, dense) | notes | {"model": digest(weights)[:16]}
     store.write_json(staged / "point.json", point | {"cache": point["kept"] * notes["key_bytes"]})
